@@ -1,0 +1,70 @@
+"""A checkpoint counts only when it is complete: `COMPLETE.json`, written last, holds the sha256 of each of its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.read import file_hash
+from pipeline.handoff import sync, write_json
+
+MARKER = "COMPLETE.json"
+
+
+def complete(folder: Path, facts: dict[str, Any]) -> None:
+    """Mark `folder` complete. `facts` (such as a metric) are kept beside the hashes."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER)
+    for file in files:
+        sync(file)
+    write_json(folder / MARKER, {**facts, "files": {p.relative_to(folder).as_posix(): file_hash(p) for p in files}})
+    sync(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None when every file is as it was when it was completed."""
+    try:
+        expected = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return f"{MARKER} is missing or unreadable"
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_hash(path) != digest:
+            return f"{name} was altered"
+    return None
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / MARKER).read_text(encoding="utf-8")))
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The newest undamaged checkpoint. Damaged ones are reported and passed over; incomplete ones are removed."""
+    for folder in sorted(_all(checkpoints), key=step_of, reverse=True):
+        if not (folder / MARKER).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        print(f"checkpoint {folder} is left out: {problem}", flush=True)
+    return None
+
+
+def rotate(checkpoints: Path, keep: int, best: Path | None = None) -> None:
+    """Delete all but the newest `keep` complete checkpoints and the best one."""
+    done = sorted((p for p in _all(checkpoints) if (p / MARKER).exists()), key=step_of)
+    for folder in done[:-keep]:
+        if best is None or folder.resolve() != best.resolve():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _all(checkpoints: Path) -> list[Path]:
+    return [p for p in checkpoints.glob("*-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]

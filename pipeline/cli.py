@@ -1,0 +1,160 @@
+"""The `relay` command."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import chain, handoff, launch
+from pipeline.config.recipe import Recipe, load
+from pipeline.data import split
+from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from pipeline.lock import run_lock
+from pipeline.summary import summary
+
+commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                       help="RLHF in stages under DeepSpeed, one verified checkpoint from stage to stage.")
+console = Console(highlight=False, soft_wrap=True)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder of the run; default runs/<name>")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe")]
+Ranks = Annotated[int | None, typer.Option("--num-gpus", help="ranks per host for every stage")]
+
+
+def app() -> None:
+    """Entry point: a user's mistake is one paragraph and exit code 2."""
+    try:
+        commands()
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _open(name: str, run_dir: Path | None, overrides: list[str] | None, ranks: int | None) -> tuple[Recipe, Path, list[str]]:
+    given = list(overrides or [])
+    recipe = load(name, given)
+    if ranks is not None:
+        given += [f"deepspeed.num_gpus={ranks}", *(f"stages.{s}.deepspeed.num_gpus={ranks}" for s in recipe.stages)]
+        recipe = load(name, given)
+    return recipe, run_dir or Path("runs") / recipe.name, given
+
+
+@commands.command()
+def run(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = None, ranks: Ranks = None,
+        first: Annotated[str | None, typer.Option("--from", help="run this stage and what depends on it again")] = None,
+        until: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None) -> None:
+    """Run the stages of RECIPE that are not up to date, in order; show what came out."""
+    loaded, folder, given = _open(recipe, run_dir, overrides, ranks)
+    wanted, again = chain.selection(loaded, first, until), chain.redo(loaded, first)
+    with run_lock(folder):
+        for stage in wanted:
+            _run_stage(loaded, stage, folder, given, again=stage in again)
+    summary(loaded, folder, wanted, console)
+
+
+def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, again: bool) -> None:
+    state = chain.state(recipe, stage, run_dir)
+    if state.done and not again:
+        console.print(f"[bold]{stage}[/bold]  {state.why}")
+        return
+    launch.check_devices(recipe, stage)
+    for parent in recipe.parents(stage):
+        handoff.open_baton(run_dir / parent)
+    split.load(recipe, stage)
+    if again:
+        shutil.rmtree(run_dir / stage / "checkpoints", ignore_errors=True)
+    console.print(f"[bold]{stage}[/bold]  starts: {'asked to run again' if again else state.why}")
+    began = time.monotonic()
+    code = launch.run(recipe, stage, run_dir, given)
+    if code == EXIT_STOPPED:
+        console.print(f"[bold]{stage}[/bold]  stopped and saved; the same command goes on from there")
+        raise typer.Exit(EXIT_STOPPED)
+    if code != 0:
+        console.print(f"[bold]{stage}[/bold]  failed with exit code {code}; its error is above, nothing published changed")
+        raise typer.Exit(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
+    manifest = handoff.open_baton(run_dir / stage).manifest
+    console.print(f"[bold]{stage}[/bold]  published {manifest['content_hash'][:12]} in {time.monotonic() - began:.0f} s")
+
+
+@commands.command()
+def status(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = None, ranks: Ranks = None) -> None:
+    """Which stages are done, which will run, and why."""
+    loaded, folder, _ = _open(recipe, run_dir, overrides, ranks)
+    table = Table("stage", "kind", "state", "why")
+    for stage in loaded.order():
+        state = chain.state(loaded, stage, folder)
+        table.add_row(stage, loaded.stages[stage].kind, "done" if state.done else "to run", state.why)
+    console.print(table)
+
+
+@commands.command()
+def plan(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = None, ranks: Ranks = None,
+         configs: Annotated[Path | None, typer.Option(help="folder of <org>__<name>/config.json, read instead of the hub")]
+         = None) -> None:
+    """What would run: the commands, the batch arithmetic and the memory per rank, before anything is loaded."""
+    from pipeline.memory import estimate
+
+    loaded, folder, given = _open(recipe, run_dir, overrides, ranks)
+    table = Table("stage", "kind", "base", "method", "DeepSpeed", "ranks", "parameters", "trained", "GiB per rank")
+    for stage in loaded.order():
+        block = loaded.stages[stage]
+        need = estimate(loaded, stage, configs)
+        method = "none" if block.kind == "evaluate" else block.adapter.method + (" on nf4" if block.base.quantization else "")
+        table.add_row(stage, block.kind, block.base.model, method, block.deepspeed.config, str(block.deepspeed.ranks),
+                      f"{need.parameters / 1e6:,.1f} M", f"{need.trained / 1e6:,.2f} M", f"{need.gib:.2f}")
+    console.print(table)
+    for stage in loaded.order():
+        console.print(" ".join(["deepspeed", *launch.command(loaded, stage, folder, given)[1:]]))
+
+
+@commands.command()
+def show(recipe: RecipeName, stage: Annotated[str | None, typer.Argument(help="a stage; default all")] = None,
+         run_dir: RunDir = None, overrides: Overrides = None) -> None:
+    """What the stages published: metrics, files and lineage."""
+    loaded, folder, _ = _open(recipe, run_dir, overrides, None)
+    for name in [stage] if stage else loaded.order():
+        manifest = handoff.read_manifest(folder / name)
+        if manifest is None:
+            console.print(f"[bold]{name}[/bold]  nothing published")
+            continue
+        table = Table(title=f"{name} ({manifest['kind']})  {manifest['content_hash'][:12]}", show_header=False, title_justify="left")
+        base = manifest["base"]
+        table.add_row("output", str(folder / name / handoff.OUTPUT))
+        table.add_row("base", f"{base['model']}  {base['content_hash'][:12]}")
+        table.add_row("trained", f"{manifest['adapter']}, ZeRO-{manifest['zero_stage']}, {manifest['world_size']} ranks, seed {manifest['seed']}")
+        table.add_row("parents", ", ".join(f"{p} {h[:12]}" for p, h in manifest["parents"].items()) or "none")
+        for source in manifest["data"]:
+            counts = ", ".join(f"{v} {k}" for k, v in source.items() if k not in ("path", "sha256"))
+            table.add_row("data", f"{source['path']}  {source['sha256'][:12]}  {counts}")
+        for key, value in manifest["metrics"].items():
+            table.add_row(key, f"{value:.4g}")
+        console.print(table)
+
+
+@commands.command()
+def verify(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = None) -> None:
+    """Check every published file of a run against its hash, and every stage against the parents it was made from."""
+    loaded, folder, _ = _open(recipe, run_dir, overrides, None)
+    for stage in loaded.order():
+        if handoff.read_manifest(folder / stage) is None:
+            console.print(f"[bold]{stage}[/bold]  nothing published")
+            continue
+        baton = handoff.open_baton(folder / stage)
+        for parent, expected in baton.manifest["parents"].items():
+            found = handoff.open_baton(folder / parent).content_hash
+            if found != expected:
+                raise UserError(f"stage {stage}", f"it was made from {parent} {expected[:12]}, which is now {found[:12]}",
+                                fix=f"run it again: relay run {recipe} --from {stage}")
+        console.print(f"[bold]{stage}[/bold]  {len(baton.manifest['files'])} files verified  {baton.content_hash[:12]}")
+
+
+if __name__ == "__main__":
+    app()

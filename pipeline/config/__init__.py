@@ -1,0 +1,1 @@
+"""The recipe: one typed, frozen, torch-free schema per stage kind."""

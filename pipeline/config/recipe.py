@@ -1,0 +1,290 @@
+"""Read a recipe, resolve what its stages inherit, and refuse what cannot work: in milliseconds and without torch."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config.kinds import KINDS
+from pipeline.config.schema import Header, Ppo, Source, Stage, Supervised
+from pipeline.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
+INHERITED = ("base", "adapter", "deepspeed")
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `stages` is in the order they are written; every block is complete (inheritance resolved)."""
+
+    path: Path
+    header: Header
+    stages: dict[str, Stage]
+
+    @property
+    def name(self) -> str:
+        return self.header.name
+
+    def where(self, *keys: str) -> str:
+        return f"recipe {self.path.name}: {'.'.join(keys)}"
+
+    def parents(self, stage: str) -> list[str]:
+        """The upstream stages that `stage` reads, each once, in the order of its keys."""
+        block = self.stages[stage]
+        names = [name for _, name in upstream(block)]
+        return list(dict.fromkeys(name for name in names if name != BASE))
+
+    def order(self) -> list[str]:
+        """All stages, upstream before downstream."""
+        done: dict[str, None] = {}
+
+        def visit(stage: str, trail: tuple[str, ...]) -> None:
+            if stage in trail:
+                cycle = " -> ".join([*trail[trail.index(stage) :], stage])
+                raise UserError(self.where("stages", stage), f"the stages wait for each other: {cycle}",
+                                fix="let one of them start from `base`")
+            for parent in self.parents(stage):
+                visit(parent, (*trail, stage))
+            done.setdefault(stage)
+
+        for stage in self.stages:
+            visit(stage, ())
+        return list(done)
+
+    def local(self, path: str) -> str:
+        """`path` as the recipe means it: relative to the recipe file when such a file or folder is there, else unchanged."""
+        expanded = os.path.expanduser(os.path.expandvars(path))
+        beside = self.path.parent / expanded
+        if os.path.isabs(expanded) or not (beside.exists() or any(self.path.parent.glob(expanded))):
+            return expanded
+        return str(beside.resolve())
+
+    def interval(self, stage: str, source: Source) -> tuple[float, float]:
+        """The part of [0, 1) of hashed prompts that `source` gives to `stage`, after the held-out part is taken."""
+        if source.share is None:
+            return 0.0, 1.0
+        start = 0.0
+        for name, block in self.stages.items():
+            for other in sources(block):
+                if other.path != source.path or other.share is None:
+                    continue
+                if name == stage:
+                    return start, min(1.0, start + other.share)
+                start += other.share
+        raise AssertionError(f"{stage} does not list {source.path}")
+
+
+def sources(block: Stage) -> list[Source]:
+    return list(getattr(block, KINDS[block.kind].sources))
+
+
+def upstream(block: Stage) -> Iterator[tuple[str, str]]:
+    """(key, stage name) for every upstream stage a block names; the name may be `base`."""
+    for key in KINDS[block.kind].inputs:
+        value = getattr(block, key)
+        for name in value if isinstance(value, list) else [value]:
+            yield key, name
+
+
+def resolved(block: Stage) -> dict[str, Any]:
+    """The block as plain data: what the manifest records and what decides whether a stage must run again."""
+    return block.model_dump(mode="json")
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def find(name: str) -> Path:
+    """A recipe file by path, or a shipped recipe by name."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if path.is_file():
+            return path.resolve()
+        raise UserError(f"recipe {name}", "no such file", fix="check the path, or name a shipped recipe: " + shipped())
+    candidate = SHIPPED / f"{name}.yaml"
+    if candidate.is_file():
+        return candidate
+    raise UserError(f"recipe {name}", "no such file and no shipped recipe of that name", expected=f"one of: {shipped()}")
+
+
+def shipped() -> str:
+    return ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+
+
+def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override (`stages.ppo.kl.target=6`), resolve and check a recipe.
+
+    Raises UserError for anything a user can get wrong: unknown keys, wrong types, missing upstream stages, shares above
+    one, batches that do not divide.
+    """
+    path = find(str(name))
+    raw = _parse(path)
+    for override in overrides or []:
+        _override(raw, override)
+    stages_raw = raw.pop("stages", None)
+    if not isinstance(stages_raw, dict) or not stages_raw:
+        raise UserError(f"recipe {path.name}: stages", "no stages", expected="a mapping of stage name to block",
+                        fix="add at least one stage, such as `sft: {kind: sft, data: [...], lr: 1.0e-4}`")
+    header = _validate(Header, raw, f"recipe {path.name}", "")
+    recipe = Recipe(path, header, {})
+    for stage, block in stages_raw.items():
+        recipe.stages[str(stage)] = _stage(recipe, raw, str(stage), block)
+    _check(recipe)
+    return recipe
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe {path.name}", f"not valid YAML: {reason}", fix="mend that line") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {path.name}", f"found {type(raw).__name__}", expected="a mapping with name, base, stages")
+    return raw
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {text}", "no `=`", expected="KEY=VALUE, such as stages.ppo.kl.target=6")
+    node: Any = raw
+    *path, last = key.split(".")
+    for part in path:
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[part] if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise UserError(f"--set {key}", f"{part} is not a block", expected="the dotted path of a key in the recipe")
+    node[last] = yaml.safe_load(value)
+
+
+def _stage(recipe: Recipe, raw: dict[str, Any], stage: str, block: Any) -> Stage:
+    where = recipe.where("stages", stage)
+    if stage == BASE or "/" in stage or stage.startswith("."):
+        raise UserError(where, "this name cannot be used for a stage", fix="choose another name")
+    if not isinstance(block, dict):
+        raise UserError(where, f"found {type(block).__name__}", expected="a block with `kind:`")
+    kind = block.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"{where}.kind", f"found {kind!r}", expected="one of: " + ", ".join(KINDS),
+                        fix=_closest(str(kind), KINDS) or f"write `kind: {next(iter(KINDS))}`")
+    merged = copy.deepcopy(block)
+    for key in INHERITED:
+        own = merged.get(key) or {}
+        if not isinstance(own, dict):
+            raise UserError(f"{where}.{key}", f"found {own!r}", expected=f"a block, as `{key}:` at the top of the recipe")
+        merged[key] = {**(raw.get(key) or {}), **own}
+    merged.setdefault("seed", recipe.header.seed)
+    merged.setdefault("holdout", recipe.header.data.holdout)
+    return _validate(KINDS[kind].schema, merged, where, ".")
+
+
+def _validate(schema: type[Any], value: Any, where: str, joint: str) -> Any:
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        keys = [str(part) for part in first["loc"]]
+        place = f"{where}{joint or ': '}{'.'.join(keys)}" if keys else where
+        if first["type"] == "extra_forbidden":
+            known = _fields(schema, keys[:-1])
+            raise UserError(place, "unknown key", expected="one of: " + ", ".join(known),
+                            fix=_closest(keys[-1], known) or "remove it") from None
+        if first["type"] == "missing":
+            raise UserError(place, "missing", expected=f"a value for `{keys[-1]}`", fix=f"add `{keys[-1]}:`") from None
+        message = first["msg"].removeprefix("Value error, ")
+        found = first["input"] if keys else "this block"
+        raise UserError(place, f"found {found!r}" if keys else message, expected=message if keys else "") from None
+
+
+def _fields(schema: type[Any], keys: list[str]) -> list[str]:
+    """Field names of the block at `keys` below `schema`."""
+    for key in keys:
+        field = schema.model_fields.get(key)
+        annotation = getattr(field, "annotation", None)
+        inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")]
+        if inner:
+            schema = inner[0]
+    return list(schema.model_fields)
+
+
+def _closest(word: str, known: Any) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f"write `{match[0]}`" if match else ""
+
+
+def _check(recipe: Recipe) -> None:
+    for stage, block in recipe.stages.items():
+        _check_upstream(recipe, stage, block)
+        _check_batches(recipe, stage, block)
+        if block.base.quantization and block.adapter.method == "full" and block.kind != "evaluate":
+            raise UserError(recipe.where("stages", stage, "adapter", "method"),
+                            "full fine-tuning of a 4-bit base", expected="full-precision weights to train",
+                            fix="write `method: lora` (QLoRA), or `quantization: null`")
+    totals: dict[str, float] = {}
+    for stage, block in recipe.stages.items():
+        for source in sources(block):
+            totals[source.path] = totals.get(source.path, 0.0) + (source.share or 0.0)
+            if totals[source.path] > 1.0 + 1e-9:
+                raise UserError(recipe.where("stages", stage), f"the shares of {source.path} add up to {totals[source.path]:g}",
+                                expected="at most 1 over all stages", fix="lower a share")
+    recipe.order()
+
+
+def _check_upstream(recipe: Recipe, stage: str, block: Stage) -> None:
+    kind = KINDS[block.kind]
+    for key, name in upstream(block):
+        if name == BASE and key in kind.base_ok:
+            continue
+        fitting = [s for s, b in recipe.stages.items() if b.kind in kind.inputs[key] and s != stage]
+        expected = "one of: " + ", ".join(fitting + ([BASE] if key in kind.base_ok else [])) if fitting else (
+            f"an upstream stage of kind {' or '.join(sorted(kind.inputs[key]))}")
+        if name not in recipe.stages:
+            match = difflib.get_close_matches(name, fitting, n=1) or fitting[:1]
+            hint = f"write `{key}: {match[0]}`, or " if match else ""
+            raise UserError(recipe.where("stages", stage, key), f'no stage named "{name}"', expected=expected,
+                            fix=f'{hint}add a stage called "{name}"')
+        if recipe.stages[name].kind not in kind.inputs[key]:
+            raise UserError(recipe.where("stages", stage, key), f'stage "{name}" is of kind {recipe.stages[name].kind}',
+                            expected=expected)
+
+
+def _check_batches(recipe: Recipe, stage: str, block: Stage) -> None:
+    ranks = block.deepspeed.ranks
+    if isinstance(block, Supervised):
+        split(recipe.where("stages", stage, "batch"), block.batch, ranks, block.micro_batch)
+    if isinstance(block, Ppo):
+        where = recipe.where("stages", stage, "rollout_batch")
+        if block.rollout_batch % block.minibatches:
+            raise UserError(where, f"{block.rollout_batch} prompts do not divide into {block.minibatches} minibatches",
+                            fix=f"write a multiple of {block.minibatches}")
+        split(where, block.rollout_batch // block.minibatches, ranks, block.micro_batch)
+
+
+def split(where: str, batch: int, ranks: int, micro: int | None) -> tuple[int, int]:
+    """(micro-batch per rank, accumulation steps) with micro x accumulation x ranks == batch.
+
+    Without a wish the micro-batch is the largest divisor of the rank's share that is at most 16.
+    """
+    if batch % ranks:
+        raise UserError(where, f"{batch} sequences do not divide over {ranks} ranks", fix=f"write a multiple of {ranks}")
+    share = batch // ranks
+    size = micro or max(n for n in range(1, min(share, 16) + 1) if share % n == 0)
+    if share % size:
+        raise UserError(where, f"{share} sequences per rank do not divide into micro-batches of {size}",
+                        fix=f"write `micro_batch: {max(n for n in range(1, min(share, size) + 1) if share % n == 0)}`")
+    return size, share // size

@@ -1,0 +1,1 @@
+"""Read, recognise, split and encode training data."""

@@ -1,0 +1,74 @@
+"""Text to token ids, the same way in every stage: prompt ids, reply ids, EOS. Right where training and rollout must agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.shape import Example, Text
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes with one tokenizer. Prompt and reply are tokenised apart, so that a prompt has the same ids in training, in
+    scoring and in a rollout, whatever follows it."""
+
+    tokenizer: Any
+
+    def prompt(self, text: Text) -> list[int]:
+        """Token ids of a prompt, with the tokenizer's own opening tokens and without a closing EOS."""
+        if isinstance(text, str):
+            ids = list(self.tokenizer(text)["input_ids"])
+            if not ids and self.tokenizer.bos_token_id is not None:
+                return [self.tokenizer.bos_token_id]
+            return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        if self.tokenizer.chat_template is None:
+            raise UserError("tokenizer", "the data holds messages and the tokenizer has no chat template",
+                            expected="a chat template, or prompts as plain text", fix="use the chat model's tokenizer")
+        ids = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return list(ids)
+
+    def reply(self, text: str) -> list[int]:
+        """Token ids of a reply, closed by EOS."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def demonstrations(encoder: Encoder, examples: list[Example], max_length: int, loss_on: str,
+                   counts: Counter[str]) -> list[dict[str, list[int]]]:
+    """Rows for next-token training: `input_ids` and `labels` (-100 where no loss is taken). Over-long rows are counted."""
+    rows = []
+    for example in examples:
+        prompt, reply = encoder.prompt(example.prompt), encoder.reply(example.chosen or "")
+        if len(prompt) + len(reply) > max_length:
+            counts["too long"] += 1
+            continue
+        labels = [-100] * len(prompt) if loss_on == "completion" else prompt
+        rows.append({"input_ids": prompt + reply, "labels": labels + reply})
+    return rows
+
+
+def preferences(encoder: Encoder, examples: list[Example], max_length: int, counts: Counter[str]) -> list[dict[str, Any]]:
+    """Rows for the pairwise loss: `chosen_ids`, `rejected_ids` and, if every example has one, `margin`."""
+    rows: list[dict[str, Any]] = []
+    margins = bool(examples) and all(example.margin is not None for example in examples)
+    for example in examples:
+        prompt = encoder.prompt(example.prompt)
+        chosen, rejected = prompt + encoder.reply(example.chosen or ""), prompt + encoder.reply(example.rejected or "")
+        if max(len(chosen), len(rejected)) > max_length:
+            counts["too long"] += 1
+            continue
+        margin = {"margin": example.margin} if margins else {}
+        rows.append({"chosen_ids": chosen, "rejected_ids": rejected, **margin})
+    return rows
+
+
+def prompts(encoder: Encoder, examples: list[Example], max_length: int, counts: Counter[str]) -> list[list[int]]:
+    """Prompt ids at most `max_length` long; longer prompts are counted, not cut."""
+    encoded = [encoder.prompt(example.prompt) for example in examples]
+    counts["too long"] += sum(len(ids) > max_length for ids in encoded)
+    return [ids for ids in encoded if len(ids) <= max_length]

@@ -1,0 +1,76 @@
+"""Which rows a stage may use. A prompt's place in [0, 1) is a hash of its text: the part below `holdout` is never trained
+on by any stage; the rest is cut into the stages' disjoint shares. Neither depends on the seed or on the order of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.config.recipe import Recipe, sources
+from pipeline.config.schema import Source
+from pipeline.data.read import Row, fingerprint, rows
+from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only
+from pipeline.errors import UserError
+
+
+@dataclass
+class Split:
+    """A stage's examples: `train` and `held_out` (by prompt), and where every row went (`counts`: source -> reason -> rows)."""
+
+    train: list[Example] = field(default_factory=list)
+    held_out: list[Example] = field(default_factory=list)
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+def position(prompt: str) -> float:
+    """A prompt's place in [0, 1): the first 8 bytes of its sha256."""
+    return int.from_bytes(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2.0**64
+
+
+def reader(kind: str, source: Source) -> Callable[[Row], Example]:
+    if kind == "sft":
+        return lambda row: demonstration(row, source.take)
+    return preference if kind == "reward" else prompt_only
+
+
+def load(recipe: Recipe, stage: str) -> Split:
+    """Read the sources of `stage` and split them. Raises UserError when a source is unreadable or nothing is left."""
+    block = recipe.stages[stage]
+    split = Split()
+    for source in sources(block):
+        low, high = recipe.interval(stage, source)
+        counts = split.counts.setdefault(source.path, Counter())
+        read = reader(block.kind, source)
+        for row in rows(recipe.local(source.path)):
+            counts["rows"] += 1
+            try:
+                example = read(row)
+            except Skip as reason:
+                counts[str(reason)] += 1
+                continue
+            place = position(plain(example.prompt))
+            if place < block.holdout:
+                counts["held out"] += 1
+                split.held_out.append(example)
+            elif not low <= (place - block.holdout) / (1.0 - block.holdout) < high:
+                counts["other stages' share"] += 1
+            elif source.limit is not None and counts["used"] >= source.limit:
+                counts["over the limit"] += 1
+            else:
+                counts["used"] += 1
+                split.train.append(example)
+    if not split.train and block.kind != "evaluate":
+        raise UserError(recipe.where("stages", stage), f"no training row is left: {dict(split.counts)}",
+                        expected="at least one row", fix="raise the share or lower data.holdout")
+    return split
+
+
+def fingerprints(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
+    """Path as written and content hash of every source of `stage`."""
+    return [
+        {"path": source.path, "sha256": fingerprint(recipe.local(source.path))} for source in sources(recipe.stages[stage])
+    ]

@@ -1,0 +1,209 @@
+"""DeepSpeed: its configuration with what the recipe owns, starting ranks, one optimizer with a group per role, saving."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from pipeline import checkpoint
+from pipeline.config.recipe import Recipe
+from pipeline.config.schema import Dtype, Schedule
+from pipeline.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parent.parent / "ds_configs"
+OWNED = ("optimizer", "scheduler", "train_batch_size", "fp16", "bf16")
+"""Keys that the recipe owns: dropped from a configuration file before the recipe's are laid over it."""
+
+
+def read_config(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The DeepSpeed configuration that a stage names. Raises UserError when it is not there or not JSON."""
+    name = recipe.stages[stage].deepspeed.config
+    shipped = SHIPPED / f"{name}.json"
+    path = shipped if shipped.is_file() else Path(recipe.local(name))
+    where = recipe.where("stages", stage, "deepspeed", "config")
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
+        raise UserError(where, f'no configuration "{name}"', expected=f"a JSON file or one of: {names}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(where, f"{path} is not valid JSON: {error}") from None
+    return dict(config)
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def overlay(config: dict[str, Any], *, dtype: Dtype, micro_batch: int, accumulation: int, max_grad_norm: float) -> dict[str, Any]:
+    """`config` with the recipe's batch, accumulation, clipping and dtype; the optimizer and scheduler are Relay's own.
+
+    `auto` values, which plain DeepSpeed refuses, are dropped: DeepSpeed's defaults take their place.
+    """
+    kept = _without_auto({key: value for key, value in config.items() if key not in OWNED})
+    kept |= {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    kept.setdefault("steps_per_print", 10**9)
+    if dtype != "fp32":
+        kept[dtype] = {"enabled": True}
+    return kept
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
+    return value
+
+
+def start(seed: int) -> torch.device:
+    """Join the process group, make this rank deterministic, and return its device."""
+    if not dist.is_initialized():
+        if get_accelerator().device_name() != "cpu":
+            get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name()
+                                   if get_accelerator().device_name() != "cpu" else "gloo", verbose=False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    seed_all(seed)
+    return torch.device(get_accelerator().current_device_name())
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def agreed(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_state(named: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
+    """Whole parameters by name on the CPU of rank 0 (an empty dict elsewhere); collective under ZeRO-3."""
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in named:
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if main:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    return state
+
+
+def learning_rate_factor(schedule: Schedule, step: int, total: int) -> float:
+    """What to multiply the peak learning rate by at optimizer step `step` (from 0) of `total`.
+
+    Linear warm-up, then constant, linear to zero or half a cosine to zero: the schedules of transformers.optimization.
+    """
+    warmup = warmup_steps(schedule, total)
+    if step < warmup:
+        return step / max(1, warmup)
+    if schedule.lr_schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, total - warmup)
+    return max(0.0, 1.0 - done) if schedule.lr_schedule == "linear" else max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def warmup_steps(schedule: Schedule, total: int) -> int:
+    return math.ceil(schedule.warmup * total) if schedule.warmup < 1 else int(schedule.warmup)
+
+
+class RoleClipping:
+    """Clips each parameter group by its own norm, right before the optimizer's step.
+
+    DeepSpeed clips by one norm over all groups, so that a large critic gradient would shrink the actor's update. Every
+    ZeRO stage hands the wrapped optimizer the float32 gradients of this rank's partition just before its step; there the
+    norm of a group is the root of the partitions' summed squares. `norms` keeps the last norm of each group by name.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, partitioned: bool) -> None:
+        self.partitioned = partitioned
+        self.norms: dict[str, float] = {}
+        optimizer.register_step_pre_hook(self._clip)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            if not group["params"]:
+                continue
+            device = group["params"][0].device
+            square = torch.stack([g.float().pow(2).sum() for g in grads]).sum() if grads else torch.zeros((), device=device)
+            if self.partitioned and dist.is_initialized():
+                communicated = square.to(get_accelerator().current_device_name())
+                dist.all_reduce(communicated)
+                square = communicated.to(device)
+            norm = square.sqrt()
+            self.norms[group["name"]] = float(norm)
+            if group["max_grad_norm"] > 0:
+                factor = torch.clamp(group["max_grad_norm"] / (norm + 1e-6), max=1.0)
+                for grad in grads:
+                    grad.mul_(factor.to(grad.dtype))
+
+
+def initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine over `module` with `optimizer`, whose groups stay as they are."""
+    engine, _, _, _ = deepspeed.initialize(
+        model=module, optimizer=optimizer, model_parameters=[p for g in optimizer.param_groups for p in g["params"]],
+        config=config, dist_init_required=False)
+    return engine
+
+
+def save(engine: Any, checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
+    """Save engine, random generators and `state` as `step-N`: beside, completed, renamed. Collective."""
+    folder, fresh = checkpoints / f"step-{step}", checkpoints / f"step-{step}.writing"
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(fresh), tag="engine", client_state={}, exclude_frozen_parameters=True, save_latest=False)
+    torch.save(_random_state(), fresh / f"random-{rank}.pt")
+    dist.barrier()
+    if rank == 0:
+        (fresh / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
+        checkpoint.complete(fresh, {"step": step})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(fresh, folder)
+    dist.barrier()
+    return folder
+
+
+def resume(engine: Any, folder: Path) -> dict[str, Any]:
+    """Load what `save` wrote into a freshly built engine of the same shape; returns the state."""
+    engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+    _set_random_state(torch.load(folder / f"random-{dist.get_rank()}.pt", weights_only=False))
+    return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def _random_state() -> dict[str, Any]:
+    accelerator = get_accelerator()
+    device = accelerator.get_rng_state() if accelerator.device_name() != "cpu" else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "device": device}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None:
+        get_accelerator().set_rng_state(state["device"])

@@ -1,0 +1,1 @@
+"""Rollouts: prompts in, sampled tokens and their log-probabilities out."""

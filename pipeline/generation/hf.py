@@ -1,0 +1,79 @@
+"""The reference rollout engine: Hugging Face `generate`, for any model and any method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from pipeline.config.schema import Sampling
+from pipeline.generation.rollout import Rollout, at_position, gumbel
+
+
+class CounterSampling(LogitsProcessor):
+    """Turns greedy decoding into sampling with counter-based noise, and keeps the log-probability of each token.
+
+    `keys` is int64 [B], or None for greedy decoding.
+    """
+
+    def __init__(self, sampling: Sampling, keys: Tensor | None) -> None:
+        self.sampling, self.keys = sampling, keys
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logprobs = torch.log_softmax(scores.float() / self.sampling.temperature, dim=-1)
+        noisy = logprobs
+        if self.keys is not None:
+            noisy = truncated(logprobs, self.sampling) + gumbel(at_position(self.keys, len(self.logprobs)), scores.shape[1])
+        self.logprobs.append(logprobs.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(1))
+        return noisy
+
+
+def truncated(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """`logprobs` [B, V] with -inf outside the top-k tokens and outside the smallest set whose probability reaches top-p."""
+    if sampling.top_k:
+        lowest = logprobs.topk(min(sampling.top_k, logprobs.shape[-1]), dim=-1).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < lowest, float("-inf"))
+    if sampling.top_p < 1.0:
+        ordered, index = logprobs.sort(dim=-1, descending=True)
+        share = ordered.softmax(-1)
+        before = share.cumsum(-1) - share
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= sampling.top_p)
+        logprobs = logprobs.masked_fill(drop, float("-inf"))
+    return logprobs
+
+
+@torch.no_grad()
+def sample(model: Any, prompts: list[list[int]], keys: Tensor | None, sampling: Sampling, *, pad: int, eos: list[int],
+           synced: bool = False) -> Rollout:
+    """Sample one response per prompt. `synced` keeps ranks in step under ZeRO-3, where each forward is collective."""
+    device = model.device
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    processor = CounterSampling(sampling, keys)
+    config = GenerationConfig(do_sample=False, max_new_tokens=sampling.max_response_length, pad_token_id=pad,
+                              eos_token_id=eos, use_cache=True)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced,
+                            logits_processor=LogitsProcessorList([processor]))
+    responses = output[:, width:]
+    logprobs = torch.stack(processor.logprobs[: responses.shape[1]], dim=1)
+    return pack(prompts, responses, logprobs, eos, pad)
+
+
+def pack(prompts: list[list[int]], responses: Tensor, logprobs: Tensor, eos: list[int], pad: int) -> Rollout:
+    """Responses [B, T] as they were decoded, cut after the first EOS and joined to their prompts without a gap."""
+    device = responses.device
+    is_eos = torch.isin(responses, torch.tensor(eos, device=device))
+    ended = is_eos.any(1)
+    lengths = torch.where(ended, is_eos.int().argmax(1) + 1, responses.shape[1])
+    prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
+    tokens = torch.full((len(prompts), int((prompt_lengths + lengths).max())), pad, dtype=torch.int64, device=device)
+    for row, prompt in enumerate(prompts):
+        end = len(prompt) + int(lengths[row])
+        tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
+        tokens[row, len(prompt) : end] = responses[row, : int(lengths[row])]
+    rollout = Rollout(tokens, prompt_lengths, lengths, logprobs, ended)
+    return Rollout(tokens, prompt_lengths, lengths, logprobs * rollout.mask, ended)

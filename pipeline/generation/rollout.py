@@ -1,0 +1,69 @@
+"""What a rollout is, and the noise it is sampled with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B sampled responses of up to T tokens.
+
+    tokens          int64 [B, L]   prompt, then response, padded on the right
+    prompt_lengths  int64 [B]
+    lengths         int64 [B]      response tokens up to and including EOS, or all T when truncated; at least 1
+    logprobs        float32 [B, T] of each sampled token at the sampling temperature, before top-k and top-p; 0 past the end
+    ended           bool [B]       whether the response ended by EOS
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    lengths: Tensor
+    logprobs: Tensor
+    ended: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """float32 [B, T]: 1 on response tokens, from lengths and never from token ids."""
+        steps = torch.arange(self.logprobs.shape[1], device=self.lengths.device)
+        return (steps < self.lengths.unsqueeze(1)).float()
+
+    def response(self, row: int) -> list[int]:
+        start = int(self.prompt_lengths[row])
+        return [int(t) for t in self.tokens[row, start : start + int(self.lengths[row])]]
+
+
+def gumbel(keys: Tensor, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise, float32 [B, vocabulary], a pure function of `keys` [B] and the token id.
+
+    Adding it to log-probabilities and taking the argmax samples from them (the Gumbel-max trick), so that a token depends
+    on its key alone: not on ranks, batching or order. The bits come from a 32-bit integer mixer (Wellons' lowbias32).
+    """
+    ids = torch.arange(vocabulary, device=keys.device, dtype=torch.int64)
+    bits = _mix(_mix(keys.unsqueeze(1) & 0xFFFFFFFF) ^ _mix(ids + 0x9E3779B9).unsqueeze(0))
+    uniform = (bits.double() + 0.5) / 4294967296.0
+    return (-torch.log(-torch.log(uniform))).float()
+
+
+def keys(seed: int, step: int, prompts: Tensor, sample: Tensor) -> Tensor:
+    """One key per row, int64 [B], from the run's seed, the step, the prompt's number in the stream and the sample's."""
+    key = torch.full_like(prompts, seed & 0xFFFFFFFF)
+    for part in (torch.full_like(prompts, step), prompts, sample):
+        key = _mix(key ^ _mix((part + 0x85EBCA6B) & 0xFFFFFFFF))
+    return key
+
+
+def at_position(keys: Tensor, position: int) -> Tensor:
+    """The keys of one position of the responses."""
+    return _mix(keys ^ _mix(torch.tensor((position + 0xC2B2AE35) & 0xFFFFFFFF, device=keys.device)))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """lowbias32 on the low 32 bits of int64; products wrap, and only their low 32 bits are kept."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

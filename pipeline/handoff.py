@@ -1,0 +1,203 @@
+"""The baton: what a finished stage hands to the next. Published whole or not at all, hashed, and verified when opened.
+
+`<run>/<stage>/output/` holds plain ecosystem files (a PEFT adapter or a `save_pretrained` model, tokenizer, generation
+config) and `manifest.json`, which records where it came from and a sha256 per file. Times and hosts are beside it, in
+`<run>/<stage>/session.json`, so that the same work gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.recipe import digest
+from pipeline.data.read import file_hash
+from pipeline.errors import UserError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+ADAPTER_CONFIG = "adapter_config.json"
+OUTPUT = "output"
+WEIGHTS = (".safetensors", ".bin", ".index.json")
+
+
+@dataclass(frozen=True)
+class Baton:
+    """A verified output folder and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def content_hash(self) -> str:
+        return str(self.manifest["content_hash"])
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.path / ADAPTER_CONFIG).is_file()
+
+    @property
+    def base(self) -> str:
+        """Where the weights below the adapter are (a folder or a hub id); the output itself when it is a full model."""
+        return str(self.manifest["base"]["model"]) if self.is_adapter else str(self.path)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder` but the manifest, by relative path, sorted."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {p.relative_to(folder).as_posix(): file_hash(p) for p in found}
+
+
+def content_hash(folder: Path, hashes: dict[str, str]) -> str:
+    """One hash of what the files say. An adapter's record of where its base lies on this disk does not count."""
+    portable = dict(hashes)
+    if ADAPTER_CONFIG in portable:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config.pop("base_model_name_or_path", None)
+        portable[ADAPTER_CONFIG] = digest(config)
+    return digest(portable)
+
+
+def model_hash(model: str, revision: str | None = None) -> str:
+    """Content hash of a base model: its weight files and config.json. `model` is a folder or a hub id."""
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = _snapshot(model, revision)
+    found = sorted(p for p in folder.iterdir() if p.name.endswith(WEIGHTS) or p.name == "config.json")
+    if not any(p.name.endswith(WEIGHTS) for p in found):
+        raise UserError(f"base {model}", "no weights in that folder", expected="*.safetensors and config.json",
+                        fix="check base.model; a folder is relative to the recipe file")
+    return digest({p.name: file_hash(p) for p in found})
+
+
+def _snapshot(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"base {model}", f"neither a folder here nor to be had from the hub: {reason}",
+                        fix="check base.model and the network, or download it and give the folder") from None
+
+
+def publish(stage_dir: Path, write: Callable[[Path], None], facts: dict[str, Any]) -> Baton:
+    """Write `<stage_dir>/output` whole or not at all: beside, synced, hashed, manifest last, renamed.
+
+    `write` fills an empty folder; `facts` becomes the manifest, with `schema`, `files` and `content_hash` added.
+    """
+    output, fresh, previous = stage_dir / OUTPUT, stage_dir / "output.writing", stage_dir / "output.previous"
+    recover(stage_dir)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    write(fresh)
+    for file in fresh.rglob("*"):
+        if file.is_file():
+            sync(file)
+    hashes = file_hashes(fresh)
+    manifest = {"schema": SCHEMA, **facts, "content_hash": content_hash(fresh, hashes), "files": hashes}
+    write_json(fresh / MANIFEST, manifest)
+    sync(fresh)
+    if output.exists():
+        os.rename(output, previous)
+    os.rename(fresh, output)
+    sync(stage_dir)
+    shutil.rmtree(previous, ignore_errors=True)
+    return Baton(output, manifest)
+
+
+def recover(stage_dir: Path) -> None:
+    """Undo a replacement that was cut between its two renames."""
+    output, previous = stage_dir / OUTPUT, stage_dir / "output.previous"
+    if previous.exists():
+        if output.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+        else:
+            os.rename(previous, output)
+
+
+def read_manifest(stage_dir: Path) -> dict[str, Any] | None:
+    """The manifest of a published stage, unverified; None when nothing is published."""
+    recover(stage_dir)
+    path = stage_dir / OUTPUT / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(manifest, dict) and {"files", "content_hash", "inputs"} <= manifest.keys():
+            return manifest
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        pass
+    raise UserError(str(path), "this manifest was altered or cut short", fix=_rebuild(stage_dir))
+
+
+def open_baton(stage_dir: Path) -> Baton:
+    """The verified output of a stage. Raises UserError naming the first file that is missing, added or altered."""
+    manifest = read_manifest(stage_dir)
+    output = stage_dir / OUTPUT
+    if manifest is None:
+        raise UserError(f"stage {stage_dir.name}", f"nothing is published in {output}", expected="a finished stage",
+                        fix=_rebuild(stage_dir))
+    if manifest["schema"] != SCHEMA:
+        raise UserError(str(output / MANIFEST), f"schema {manifest['schema']}", expected=f"schema {SCHEMA}",
+                        fix=_rebuild(stage_dir))
+    expected, found = manifest["files"], file_hashes(output)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            state = "missing" if name not in found else "not in the manifest" if name not in expected else (
+                f"altered: sha256 {found[name][:16]}…")
+            raise UserError(str(output / name), state,
+                            expected=f"sha256 {expected[name][:16]}…" if name in expected else "no such file",
+                            fix=f"restore the file, or {_rebuild(stage_dir)}")
+    if content_hash(output, found) != manifest["content_hash"]:
+        raise UserError(str(output / MANIFEST), "its content hash does not fit its files", fix=_rebuild(stage_dir))
+    return Baton(output, manifest)
+
+
+def check_base(baton: Baton, found_hash: str) -> None:
+    """Refuse an adapter that was trained on other base weights than the ones at hand."""
+    expected = baton.manifest["base"]["content_hash"]
+    if baton.is_adapter and found_hash != expected:
+        raise UserError(str(baton.path), f"this adapter was trained on another base: {baton.manifest['base']['model']} now "
+                        f"has content {found_hash[:16]}…", expected=f"content {expected[:16]}…",
+                        fix=f"restore that base, or {_rebuild(baton.path.parent)}")
+
+
+def check_same_tokenizer(first: Baton, second: Baton) -> None:
+    """Refuse two stages whose tokenizers differ: token ids of one would mean something else to the other."""
+    names = [name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if name in first.manifest["files"]
+             or name in second.manifest["files"]]
+    for name in names:
+        ours, theirs = first.manifest["files"].get(name), second.manifest["files"].get(name)
+        if ours != theirs:
+            raise UserError(f"tokenizer of {first.manifest['stage']} and {second.manifest['stage']}", f"{name} differs: "
+                            f"{str(ours)[:16]}… and {str(theirs)[:16]}…", expected="one tokenizer through the chain",
+                            fix="train both stages from bases with the same tokenizer")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    fresh = path.with_name(path.name + ".writing")
+    fresh.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    sync(fresh)
+    os.replace(fresh, path)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rebuild(stage_dir: Path) -> str:
+    return f"run the stage again: relay run RECIPE --from {stage_dir.name}"

@@ -1,0 +1,121 @@
+"""One stage, one `deepspeed` command; and the process that runs it: started, asked to stop, never left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline.config.kinds import KINDS
+from pipeline.config.recipe import Recipe
+from pipeline.errors import EXIT_STOPPED, UserError
+from pipeline.lock import HELD
+
+STOP_FILE = "STOP"
+"""A file of this name in a stage's folder asks its ranks to save and stop at the next step boundary."""
+
+PARENT = "RELAY_PARENT"
+"""Pid of `relay run` for the ranks, which die with it."""
+
+GRACE_SECONDS = 600.0
+
+
+def command(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str], port: int | None = None) -> list[str]:
+    """The `deepspeed` command of a stage; the same one a user types by hand (there without a port)."""
+    block = recipe.stages[stage]
+    place = block.deepspeed
+    hosts = ["--hostfile", place.hostfile, "--num_nodes", str(place.num_nodes)] if place.hostfile else []
+    line = [_deepspeed(), *hosts, "--num_gpus", str(place.num_gpus)]
+    if port is not None:
+        line += ["--master_port", str(port)]
+    line += ["--module", KINDS[block.kind].module, "--recipe", str(recipe.path), "--stage", stage, "--run-dir", str(run_dir)]
+    for override in overrides:
+        line += ["--set", override]
+    return line
+
+
+def _deepspeed() -> str:
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.exists() else shutil.which("deepspeed")
+    if found is None:
+        raise UserError("deepspeed", "the launcher is not installed beside this Python", fix="pip install deepspeed")
+    return found
+
+
+def devices() -> int | None:
+    """GPUs this host offers, or None when it has none and ranks run on the CPU. Asks the driver, not torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or visible == "" or shutil.which("nvidia-smi") is None:
+        return None
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    if count == 0:
+        return None
+    return min(count, len(visible.split(","))) if visible else count
+
+
+def check_devices(recipe: Recipe, stage: str) -> None:
+    """Refuse a stage that wants more GPUs than this host has. CPU ranks may share cores."""
+    place, have = recipe.stages[stage].deepspeed, devices()
+    if place.hostfile is None and have is not None and place.num_gpus > have:
+        raise UserError(recipe.where("stages", stage, "deepspeed", "num_gpus"), f"{place.num_gpus} GPUs wanted",
+                        expected=f"at most {have}, which this host has", fix=f"run with --num-gpus {have}")
+
+
+def environment(run_dir: Path) -> dict[str, str]:
+    """The environment of a stage's processes."""
+    env = {**os.environ, HELD: str(run_dir.resolve()), PARENT: str(os.getpid())}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+    if devices() is None:
+        env["DS_ACCELERATOR"] = "cpu"
+        env.setdefault("OMP_NUM_THREADS", "1")
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    env.setdefault("PYTHONUNBUFFERED", "1")
+    return env
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> int:
+    """Run a stage under the launcher; its exit code, or 75 when SIGTERM or SIGINT asked it to save and stop.
+
+    The launcher gets a session of its own: a Ctrl-C in the terminal reaches this process alone, which asks the ranks to
+    stop by a file that ranks on every host see. A second signal, or ten minutes, kills the job.
+    """
+    stop = run_dir / stage / STOP_FILE
+    stop.unlink(missing_ok=True)
+    stop.parent.mkdir(parents=True, exist_ok=True)
+    child = subprocess.Popen(command(recipe, stage, run_dir, overrides, free_port()), env=environment(run_dir),
+                             start_new_session=True)
+    asked: list[float] = []
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if asked:
+            os.killpg(child.pid, signal.SIGKILL)
+        asked.append(time.monotonic())
+        stop.touch()
+
+    previous: dict[int, Any] = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while child.poll() is None:
+            time.sleep(0.2)
+            if asked and time.monotonic() - asked[0] > GRACE_SECONDS:
+                os.killpg(child.pid, signal.SIGKILL)
+        return EXIT_STOPPED if asked else child.returncode
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        stop.unlink(missing_ok=True)
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""Base models, tokenizers, quantisation, and the roles that share one base."""

@@ -1,0 +1,124 @@
+"""From batons to roles: which bases there are, which roles share one, which adapters and heads they get."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from pipeline import handoff
+from pipeline.adapters import build
+from pipeline.config.schema import Base
+from pipeline.handoff import Baton
+from pipeline.model import load
+from pipeline.model.roles import Role, Roles
+from pipeline.stage import Context
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one role is made of: the weights below it (`path`, held as `base` says), the adapter on them, and its head.
+
+    `adapter` is None for bare base weights, else (config, weights); a missing config is the recipe's, missing weights are
+    fresh. `head` is None for a role that speaks; an empty one is fresh. `own` keeps the trunk unshared: its weights train.
+    """
+
+    path: str
+    base: Base
+    adapter: tuple[LoraConfig | None, Weights | None] | None = None
+    head: Weights | None = None
+    trained: bool = False
+    own: bool = False
+
+
+def speaking(context: Context, baton: Baton | None) -> Part:
+    """A frozen language model: a baton, or the base when there is none."""
+    base = context.block.base
+    if baton is None:
+        return Part(context.base, base)
+    if not baton.is_adapter:
+        return Part(str(baton.path), base)
+    check(baton)
+    return Part(baton.base, base, (_config(baton), build.read(baton.path)[0]))
+
+
+def scoring(baton: Baton, base: Base) -> Part:
+    """A frozen reward model, its base held as when it was trained."""
+    held = base.model_copy(update={"quantization": baton.manifest["base"]["quantization"]})
+    if not baton.is_adapter:
+        return Part(str(baton.path), held, head=build.read_head(baton.path))
+    check(baton)
+    weights, head = build.read(baton.path)
+    return Part(baton.base, held, (_config(baton), weights), head)
+
+
+def check(baton: Baton) -> None:
+    """Refuse an adapter whose base is no longer the one it was trained on."""
+    record = baton.manifest["base"]
+    handoff.check_base(baton, handoff.model_hash(record["model"], record.get("revision")))
+
+
+def _config(baton: Baton) -> LoraConfig:
+    return LoraConfig.from_pretrained(str(baton.path))
+
+
+def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: bool) -> Roles:
+    """Load each distinct base once and attach the roles' adapters and heads.
+
+    Roles share a trunk when their bases' content hashes and quantisation are equal; a trunk with a role that speaks is a
+    causal language model, else a classifier without its head.
+    """
+    hashes = {path: context.inputs["base"] if path == context.base else handoff.model_hash(path)
+              for path in {p.path for p in parts.values()}}
+    keys = {name: (hashes[p.path], p.base.quantization, name if p.own else "") for name, p in parts.items()}
+    trunks: dict[str, Any] = {}
+    heads: dict[str, nn.Linear] = {}
+    roles: dict[str, Role] = {}
+    for name, part in parts.items():
+        sharers = [other for other in parts if keys[other] == keys[name]]
+        trunk = sharers[0]
+        if trunk not in trunks:
+            speaks = any(parts[other].head is None for other in sharers)
+            trunks[trunk] = (load.causal if speaks else load.classifier)(part.base, part.path, tok, sharded=sharded)
+        if part.adapter is not None:
+            trunks[trunk] = _add_adapter(trunks[trunk], name, context, *part.adapter)
+        if part.head is not None:
+            heads[name] = _head(trunks[trunk], part)
+        roles[name] = Role(trunk, name if part.adapter is not None else None, part.trained)
+    for trunk in trunks.values():
+        if hasattr(plain(trunk), "score"):
+            plain(trunk).score = nn.Identity()
+    return Roles(trunks, heads, roles)
+
+
+def plain(trunk: Any) -> Any:
+    """The transformers model inside a trunk that may have adapters."""
+    return trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
+
+
+def _add_adapter(trunk: Any, name: str, context: Context, config: LoraConfig | None, weights: Weights | None) -> Any:
+    config = config or build.lora_config(context.block.adapter, plain(trunk), "CAUSAL_LM")
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+    trunk = build.add(trunk, config, name)
+    if weights is not None:
+        build.put(trunk, name, weights)
+    return trunk
+
+
+def _head(trunk: Any, part: Part) -> nn.Linear:
+    """A scalar head on the trunk's last hidden state: the published one, else normal with variance 1 / (width + 1)."""
+    config = plain(trunk).config.get_text_config()
+    width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    head = nn.Linear(width, 1, bias=False, dtype=load.DTYPES[part.base.dtype])
+    if part.head:
+        with torch.no_grad():
+            head.weight.copy_(part.head["weight"])
+    else:
+        nn.init.normal_(head.weight, std=1.0 / math.sqrt(width + 1))
+    return head

@@ -1,0 +1,133 @@
+"""Load tokenizers and base models the same way for every stage; pad never equals EOS; 4-bit layers keep their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+
+from pipeline.config.schema import Base
+from pipeline.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|fim_pad|>", "<|reserved_special_token_0|>", "<unk>")
+ADDED_PAD = "<|relay_pad|>"
+
+
+def tokenizer(model: str, revision: str | None = None) -> Any:
+    """The tokenizer of `model`, with a pad token that is not EOS: its own, else an unused special one, else an added one."""
+    try:
+        loaded = AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"base {model}", f"no tokenizer: {str(error).splitlines()[0]}",
+                        expected="tokenizer.json beside the weights", fix="check base.model") from None
+    if loaded.eos_token_id is None:
+        raise UserError(f"tokenizer of {model}", "it has no EOS token", expected="an EOS token, which ends a reply",
+                        fix="set eos_token in tokenizer_config.json")
+    if loaded.pad_token_id is None or loaded.pad_token_id == loaded.eos_token_id:
+        vocabulary = loaded.get_vocab()
+        spare = [t for t in PAD_NAMES if t in vocabulary and vocabulary[t] not in (loaded.eos_token_id, loaded.bos_token_id)]
+        if spare:
+            loaded.pad_token = spare[0]
+        else:
+            loaded.add_special_tokens({"pad_token": ADDED_PAD})
+    loaded.padding_side = "right"
+    return loaded
+
+
+def causal(base: Base, path: str, tok: Any, *, sharded: bool) -> Any:
+    """A causal language model from `path`; `sharded` under ZeRO-3, where no device map may be given."""
+    model = _load(AutoModelForCausalLM, base, path, sharded)
+    _fit(model, tok)
+    model.generation_config.pad_token_id = tok.pad_token_id
+    model.generation_config.eos_token_id = sorted({tok.eos_token_id, *eos_ids(model)})
+    return model
+
+
+def eos_ids(model: Any) -> list[int]:
+    """The tokens that end a reply, from the model's generation config."""
+    ids = model.generation_config.eos_token_id
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+
+
+def classifier(base: Base, path: str, tok: Any, *, sharded: bool) -> Any:
+    """A sequence classifier with one label (the score); a head that `path` does not hold is drawn from torch's generator."""
+    model = _load(AutoModelForSequenceClassification, base, path, sharded, num_labels=1)
+    _fit(model, tok)
+    return model
+
+
+def _load(kind: Any, base: Base, path: str, sharded: bool, **extra: Any) -> Any:
+    revision = base.revision if path == base.model else None
+    options: dict[str, Any] = {"dtype": DTYPES[base.dtype], "attn_implementation": base.attn_implementation,
+                               "revision": revision, "trust_remote_code": base.trust_remote_code, **extra}
+    if base.quantization is not None:
+        options["quantization_config"] = _nf4(base, sharded)
+        if torch.cuda.is_available() and not sharded:
+            options["device_map"] = {"": torch.cuda.current_device()}
+    try:
+        model = kind.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"base {path}", f"cannot be loaded: {str(error).splitlines()[0]}",
+                        fix="check base.model, base.attn_implementation and base.quantization") from None
+    if base.quantization is not None:
+        _keep_gradients(model)
+    return model
+
+
+def _nf4(base: Base, sharded: bool) -> BitsAndBytesConfig:
+    compute = DTYPES[base.dtype]
+    # ZeRO-3 shards what has a floating-point dtype; on GPUs the packed weights are therefore stored as one.
+    storage = compute if sharded and torch.cuda.is_available() else torch.uint8
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=compute, bnb_4bit_quant_storage=storage,
+                              llm_int8_skip_modules=["lm_head", "score"])
+
+
+def _keep_gradients(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on AVX512-BF16 CPUs.
+
+    One forward in eval mode would repack them for good, and training forwards after it would have wrong gradients
+    (cosine 0.29 to the true ones, no warning).
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _fit(model: Any, tok: Any) -> None:
+    """Give the model a row for an added pad token, and tell its config which tokens pad and end."""
+    if tok.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(tok.pad_token_id + 1, mean_resizing=False)
+    text = model.config.get_text_config()
+    text.pad_token_id, text.eos_token_id = tok.pad_token_id, tok.eos_token_id
+    model.config.use_cache = True
+
+
+def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
+    """Write the full model of an adapter baton to `target`: base in full precision, adapter merged, once.
+
+    `kind` is `causal` or `classifier`. The arithmetic is float32 and the result is in the base's dtype.
+    """
+    from peft import PeftModel
+
+    tok = AutoTokenizer.from_pretrained(str(baton.path))
+    whole = base.model_copy(update={"quantization": None, "dtype": "fp32"})
+    build = causal if kind == "causal" else classifier
+    model = PeftModel.from_pretrained(build(whole, baton.base, tok, sharded=False), str(baton.path))
+    merged = model.merge_and_unload().to(DTYPES[base.dtype])
+    merged.save_pretrained(target)
+    tok.save_pretrained(target)
+
+
+def config_of(path: str, revision: str | None = None) -> Any:
+    return AutoConfig.from_pretrained(path, revision=revision)

@@ -1,0 +1,177 @@
+"""Policy, reference, critic and reward: roles that share one copy of a base's weights wherever their bases are equal.
+
+A trunk is one loaded model. A role is a trunk, the adapter that is active for it (or none) and, for critic and reward, a
+scalar head. All calls go through `Roles.forward`, so that under DeepSpeed one engine holds every role and its ZeRO-3
+hooks see every module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.config.schema import Sampling
+from pipeline.generation import hf
+from pipeline.generation.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Role:
+    """Where a role's weights are: trunk, adapter active in it (None: base weights alone), and whether they train."""
+
+    trunk: str
+    adapter: str | None
+    trained: bool
+
+
+class Roles(nn.Module):
+    """The roles of PPO. `trunks` are causal language models or sequence classifiers, plain or with adapters."""
+
+    def __init__(self, trunks: dict[str, Any], heads: dict[str, nn.Linear], roles: dict[str, Role]) -> None:
+        super().__init__()
+        self.trunks, self.heads, self.roles = nn.ModuleDict(trunks), nn.ModuleDict(heads), roles
+        self._tuners = {name: [m for m in trunk.modules() if isinstance(m, BaseTunerLayer)] for name, trunk in trunks.items()}
+        for trunk in trunks.values():
+            trunk.requires_grad_(False)
+        for name in heads:
+            heads[name].requires_grad_(roles[name].trained)
+        for name, role in roles.items():
+            if role.trained:
+                for parameter in self._trunk_parameters(role):
+                    parameter.requires_grad_(True)
+            self.use(name)
+
+    def forward(self, call: str, *args: Any, **kwargs: Any) -> Any:
+        """Run one of the methods below through the module's (and so the engine's) hooks."""
+        return getattr(self, call)(*args, **kwargs)
+
+    def trainable(self, role: str) -> list[nn.Parameter]:
+        """The parameters that training `role` changes: its adapter or whole trunk, and its head."""
+        head = list(self.heads[role].parameters()) if role in self.heads else []
+        return [*self._trunk_parameters(self.roles[role]), *head]
+
+    def _trunk_parameters(self, role: Role) -> list[nn.Parameter]:
+        named = self.trunks[role.trunk].named_parameters()
+        return [p for n, p in named if role.adapter is None or f".{role.adapter}." in n]
+
+    def use(self, role: str) -> None:
+        """Make the role's adapter the active one in its trunk, without touching what requires gradients."""
+        where = self.roles[role]
+        for layer in self._tuners[where.trunk]:
+            layer._disable_adapters = where.adapter is None
+            if where.adapter is not None:
+                layer._active_adapter = [where.adapter]
+
+    def causal_lm(self, role: str) -> Any:
+        """The role's language model, its adapter active."""
+        self.use(role)
+        trunk = self.trunks[self.roles[role].trunk]
+        return trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
+
+    def rollout(self, role: str, prompts: list[list[int]], noise: Tensor | None, sampling: Sampling, *, pad: int,
+                eos: list[int], synced: bool) -> Rollout:
+        """Sample the role's replies; see `pipeline.generation.hf.sample`."""
+        return hf.sample(self.causal_lm(role), prompts, noise, sampling, pad=pad, eos=eos, synced=synced)
+
+    def log_probs(self, role: str, tokens: Tensor, prompt_lengths: Tensor, width: int,
+                  temperature: float) -> tuple[Tensor, Tensor]:
+        """(log-probability of each response token, entropy at each), float32 [B, width].
+
+        `tokens` int64 [B, L] hold prompt and response without a gap, padded on the right; the response of row b starts at
+        `prompt_lengths[b]`. Columns past a response hold what the padding gives: mask them by length.
+        """
+        model = self.causal_lm(role)
+        first = int(prompt_lengths.min()) - 1
+        logits = model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False,
+                       logits_to_keep=tokens.shape[1] - first).logits
+        index = _response_index(prompt_lengths, width, tokens.shape[1])
+        rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+        picked = logits[rows, index - 1 - first].float() / temperature
+        all_log_probs = torch.log_softmax(picked, dim=-1)
+        chosen = all_log_probs.gather(-1, tokens.gather(1, index).unsqueeze(-1)).squeeze(-1)
+        with torch.no_grad():
+            entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+        return chosen, entropy
+
+    def values(self, role: str, tokens: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
+        """Value before each response token, float32 [B, width]; layout as in `log_probs`."""
+        index = _response_index(prompt_lengths, width, tokens.shape[1]) - 1
+        rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+        return self._head(role, self._hidden(role, tokens)[rows, index])
+
+    def scores(self, role: str, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Score of each text, float32 [B], read at its last token; `lengths` [B] counts prompt and response tokens."""
+        hidden = self._hidden(role, tokens)
+        return self._head(role, hidden[torch.arange(tokens.shape[0], device=tokens.device), lengths - 1])
+
+    def _hidden(self, role: str, tokens: Tensor) -> Tensor:
+        backbone = self.causal_lm(role).base_model
+        return backbone(input_ids=tokens, position_ids=_positions(tokens), use_cache=False).last_hidden_state
+
+    def _head(self, role: str, hidden: Tensor) -> Tensor:
+        head = self.heads[role]
+        return head(hidden.to(head.weight.dtype)).float().squeeze(-1)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off and no gradients, as for rollouts and scoring."""
+        was = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was)
+
+    def checkpoint_activations(self, *, reentrant: bool) -> None:
+        """Recompute activations in the backward pass, each block under the adapter that was active in its forward pass.
+
+        With the stock function a switch of adapters between forward and backward gives zero gradients without an error.
+        """
+        for name, trunk in self.trunks.items():
+            trained = [r for r in self.roles.values() if r.trunk == name and r.trained]
+            if not trained:
+                continue
+            model = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+            for module in model.modules():
+                if hasattr(module, "gradient_checkpointing_func"):
+                    module.gradient_checkpointing_func = self._recompute(self._tuners[name], reentrant)
+
+    @staticmethod
+    def _recompute(layers: list[BaseTunerLayer], reentrant: bool) -> Callable[..., Any]:
+        def run(function: Callable[..., Any], *args: Any) -> Any:
+            active = layers[0]._active_adapter if layers else None
+
+            def under_same_adapter(*inner: Any) -> Any:
+                found = layers[0]._active_adapter if layers else None
+                for layer in layers:
+                    layer._active_adapter = active
+                try:
+                    return function(*inner)
+                finally:
+                    for layer in layers:
+                        layer._active_adapter = found
+
+            return checkpoint(under_same_adapter, *args, use_reentrant=reentrant)
+
+        return run
+
+
+def _positions(tokens: Tensor) -> Tensor:
+    """Position ids [B, L] of right-padded rows. Causal attention needs no mask there: no token sees what follows it."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+
+
+def _response_index(prompt_lengths: Tensor, width: int, limit: int) -> Tensor:
+    """Column of each response token [B, width], kept inside the row where a response is shorter than `width`."""
+    steps = torch.arange(width, device=prompt_lengths.device)
+    return torch.clamp(prompt_lengths.unsqueeze(1) + steps, max=limit - 1)

@@ -1,0 +1,1 @@
+"""The self-contained quickstart recipe: its corpus, its rule and its tiny base model."""

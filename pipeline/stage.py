@@ -1,0 +1,249 @@
+"""What every stage program does around its training: arguments, lock, inputs, parents, stop requests, errors, publishing."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline import chain, handoff
+from pipeline.config.recipe import BASE, Recipe, load
+from pipeline.config.schema import Stage
+from pipeline.data.split import Split
+from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from pipeline.handoff import Baton
+from pipeline.launch import PARENT, STOP_FILE
+from pipeline.lock import run_lock
+from pipeline.tracking import Tracker
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "datasets", "accelerate")
+
+
+class Stopped(Exception):
+    """The stage saved a checkpoint and stops because it was asked to."""
+
+
+@dataclass
+class Context:
+    """What a stage program is given: its block of the recipe, its folder, its rank, its inputs and its parents' batons."""
+
+    recipe: Recipe
+    stage: str
+    run_dir: Path
+    rank: int
+    local_rank: int
+    world_size: int
+    inputs: dict[str, Any]
+    batons: dict[str, Baton]
+    began: float = field(default_factory=time.time)
+    _signalled: bool = False
+
+    @property
+    def block(self) -> Stage:
+        return self.recipe.stages[self.stage]
+
+    @property
+    def dir(self) -> Path:
+        return self.run_dir / self.stage
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def base(self) -> str:
+        """The stage's base model: a folder or a hub id."""
+        return self.recipe.local(self.block.base.model)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.dir / "checkpoints"
+
+    def parent(self, key: str) -> Baton | None:
+        """The baton that key `key` of the block names; None for `base`."""
+        name = getattr(self.block, key)
+        return None if name == BASE else self.batons[name]
+
+    def tracker(self, total_steps: int, resume_step: int) -> Tracker:
+        return Tracker(self.dir, self.recipe.header.tracking, run=self.recipe.name, stage=self.stage,
+                       config=self.inputs["block"], total_steps=total_steps, resume_step=resume_step, enabled=self.is_main)
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was signalled or asked by file to stop. Collective: every rank must call it at the same step."""
+        import torch
+        import torch.distributed as dist
+
+        asked = self._signalled or (self.is_main and (self.dir / STOP_FILE).exists())
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return asked
+        flag = torch.tensor([float(asked)], device=_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item() > 0)
+
+    def note(self, signum: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def publish(self, write: Callable[[Path], None], *, base: dict[str, Any], method: str, metrics: dict[str, float],
+                split: Split, zero_stage: int) -> None:
+        """Publish on rank 0 what `write` puts into a folder, with the manifest of section 4 of the design."""
+        if not self.is_main:
+            return
+        facts = {
+            "stage": self.stage,
+            "kind": self.block.kind,
+            "recipe": self.recipe.name,
+            "inputs": self.inputs,
+            "inputs_hash": chain.key(self.inputs),
+            "base": base,
+            "adapter": method,
+            "parents": self.inputs["parents"],
+            "data": [{**source, **dict(split.counts[source["path"]])} for source in self.inputs["data"]],
+            "seed": self.block.seed,
+            "world_size": self.world_size,
+            "zero_stage": zero_stage,
+            "versions": {name: version(name) for name in LIBRARIES},
+            "metrics": {name: float(value) for name, value in sorted(metrics.items())},
+        }
+        baton = handoff.publish(self.dir, write, facts)
+        handoff.write_json(self.dir / "session.json", {
+            "host": socket.gethostname(), "python": platform.python_version(), "finished": round(time.time(), 3),
+            "seconds": round(time.time() - self.began, 1), "content_hash": baton.content_hash})
+
+
+def _device() -> str:
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().current_device_name())
+
+
+def main(program: Callable[[Context], None]) -> None:
+    """Entry of every stage module: parse the arguments, hold the lock, open the inputs, run, exit with the right code."""
+    parser = argparse.ArgumentParser(description=(program.__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", required=True, help="recipe file or the name of a shipped recipe")
+    parser.add_argument("--stage", required=True, help="the stage's name in the recipe")
+    parser.add_argument("--run-dir", required=True, type=Path, help="folder of the whole run, such as runs/hh")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    die_with_parents()
+    code = 0
+    try:
+        recipe = load(arguments.recipe, [*arguments.set, *_launched_size(arguments, world_size)])
+        if rank == 0:
+            with run_lock(arguments.run_dir):
+                _run(program, recipe, arguments, rank, world_size)
+        else:
+            _run(program, recipe, arguments, rank, world_size)
+    except UserError as error:
+        if rank != 0:
+            time.sleep(5.0)  # the launcher kills this rank as soon as rank 0 has told the same thing
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        code = EXIT_USER_ERROR
+    except Stopped:
+        code = EXIT_STOPPED
+    sys.stdout.flush()
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """Leave the process group in order, so that no rank sees a peer vanish."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            if code in (0, EXIT_STOPPED):
+                dist.barrier()
+                dist.destroy_process_group()
+            else:
+                os._exit(code)
+    sys.exit(code)
+
+
+def _launched_size(arguments: argparse.Namespace, world_size: int) -> list[str]:
+    """By hand, the launcher's `--num_gpus` decides the number of ranks; the recipe's block must agree with it."""
+    block = load(arguments.recipe, arguments.set).stages.get(arguments.stage)
+    if block is None or block.deepspeed.ranks == world_size:
+        return []
+    return [f"stages.{arguments.stage}.deepspeed.num_gpus={world_size}",
+            f"stages.{arguments.stage}.deepspeed.num_nodes=1"]
+
+
+def _run(program: Callable[[Context], None], recipe: Recipe, arguments: argparse.Namespace, rank: int, world: int) -> None:
+    if arguments.stage not in recipe.stages:
+        raise UserError(f"--stage {arguments.stage}", "no such stage", expected="one of: " + ", ".join(recipe.stages))
+    run_dir: Path = arguments.run_dir
+    record = json.loads(json.dumps(chain.inputs(recipe, arguments.stage, run_dir)))
+    batons = {name: handoff.open_baton(run_dir / name) for name in recipe.parents(arguments.stage)}
+    first, *others = batons.values() if batons else [None]
+    for other in others:
+        assert first is not None
+        handoff.check_same_tokenizer(first, other)
+    context = Context(recipe, arguments.stage, run_dir, rank, arguments.local_rank, world, record, batons)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, context.note)
+    if rank == 0:
+        _claim_checkpoints(context.dir, chain.key(record))
+    program(context)
+
+
+def _claim_checkpoints(stage_dir: Path, key: str) -> None:
+    """Keep only checkpoints of the same work in `checkpoints`; those of other work are set aside under their own key."""
+    current = stage_dir / "checkpoints"
+    owner = current / "inputs_hash"
+    found = owner.read_text(encoding="utf-8") if owner.exists() else None
+    if found != key:
+        if current.exists():
+            os.rename(current, stage_dir / f"checkpoints.{found or 'unknown'}-{int(time.time())}")
+        aside = sorted(stage_dir.glob(f"checkpoints.{key}-*"))
+        if aside:
+            os.rename(aside[-1], current)
+    current.mkdir(parents=True, exist_ok=True)
+    owner.write_text(key, encoding="utf-8")
+
+
+def die_with_parents() -> None:
+    """End this process when the launcher above it, or `relay run` above that, is gone; nothing else would."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the kernel's part, for the direct parent
+    watched = {os.getppid(): _born(os.getppid())}
+    grandparent = _parent_of(os.getppid())
+    if grandparent > 1:
+        watched[grandparent] = _born(grandparent)
+    owner = os.environ.get(PARENT)
+    if owner:
+        watched[int(owner)] = _born(int(owner))
+
+    def watch() -> None:
+        while all(_born(pid) == born for pid, born in watched.items()):
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="watch-parents", daemon=True).start()
+
+
+def _born(pid: int) -> str:
+    """A process's start time, so that a reused pid is not mistaken for it; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0

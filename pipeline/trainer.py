@@ -1,0 +1,119 @@
+"""The one bridge to TRL's trainers: recipe to arguments, callbacks to Relay's metrics, checkpoints and stop requests."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pipeline import checkpoint, engine
+from pipeline.config.recipe import split as split_batch
+from pipeline.config.schema import Supervised
+from pipeline.errors import UserError
+from pipeline.stage import Context, Stopped
+from pipeline.tracking import Tracker
+
+HIDDEN = ("runtime", "per_second", "total_flos", "epoch")
+"""Parts of the names of numbers that depend on the machine or repeat the step; they are not logged."""
+
+
+def total_steps(context: Context, block: Supervised, rows: int) -> int:
+    """Optimizer steps of the stage: `steps`, else whole batches in `epochs` passes over the rows."""
+    if rows < block.batch:
+        raise UserError(context.recipe.where("stages", context.stage, "batch"), f"a batch of {block.batch} with {rows} rows",
+                        expected="at least one whole batch", fix="lower `batch`, or add data")
+    return block.steps or max(1, math.floor(block.epochs * rows / block.batch))
+
+
+def arguments(context: Context, block: Supervised, steps: int) -> dict[str, Any]:
+    """Keyword arguments that SFTConfig and RewardConfig share."""
+    micro, accumulation = split_batch(context.recipe.where("stages", context.stage, "batch"), block.batch,
+                                      context.world_size, block.micro_batch)
+    config = engine.overlay(engine.read_config(context.recipe, context.stage), dtype=block.base.dtype, micro_batch=micro,
+                            accumulation=accumulation, max_grad_norm=block.max_grad_norm)
+    every = block.save_every or block.eval_every or max(1, steps // 5)
+    best = block.publish == "best"
+    return {
+        "output_dir": str(context.checkpoints),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "dataloader_drop_last": True,
+        "learning_rate": block.lr,
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(block.lr_schedule, block.lr_schedule),
+        "warmup_steps": engine.warmup_steps(block, steps),
+        "weight_decay": block.weight_decay,
+        "adam_beta1": block.betas[0],
+        "adam_beta2": block.betas[1],
+        "optim": "adamw_torch",
+        "max_grad_norm": block.max_grad_norm,
+        "bf16": block.base.dtype == "bf16",
+        "fp16": block.base.dtype == "fp16",
+        "gradient_checkpointing": block.gradient_checkpointing,
+        "eval_strategy": "steps" if block.eval_every else "no",
+        "eval_steps": block.eval_every,
+        "save_strategy": "steps",
+        "save_steps": block.eval_every if best else every,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": "eval_loss" if block.eval_every else None,
+        "greater_is_better": False,
+        "logging_steps": block.log_every,
+        "seed": block.seed,
+        "data_seed": block.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "deepspeed": config,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }
+
+
+def callbacks(context: Context, block: Supervised, tracker: Tracker) -> list[TrainerCallback]:
+    early = [EarlyStoppingCallback(block.early_stopping)] if block.early_stopping else []
+    return [Bridge(context, block.keep_checkpoints, tracker), *early]
+
+
+def train(context: Context, trainer: Any, resume: Path | None) -> None:
+    """Train to the end, from a checkpoint if there is one. Raises Stopped when asked to stop."""
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    bridge = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Bridge))
+    if bridge.stopped:
+        raise Stopped
+
+
+class Bridge(TrainerCallback):
+    """Logs to the tracker, completes and rotates checkpoints, and turns a stop request into save-and-stop."""
+
+    def __init__(self, context: Context, keep: int, tracker: Tracker) -> None:
+        self.context, self.keep, self.tracker, self.stopped = context, keep, tracker, False
+        self._tokens = (0.0, time.monotonic())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.context.stop_requested() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any],
+               **_: Any) -> None:
+        metrics = {k: float(v) for k, v in logs.items() if isinstance(v, int | float) and not any(h in k for h in HIDDEN)}
+        metrics.pop("train_loss", None)
+        if "num_tokens" in metrics and "loss" in metrics:
+            seen, now = self._tokens
+            if metrics["num_tokens"] > seen:
+                metrics["tokens_per_second"] = (metrics["num_tokens"] - seen) / max(time.monotonic() - now, 1e-9)
+            self._tokens = (metrics["num_tokens"], time.monotonic())
+        if metrics:
+            self.tracker.log(state.global_step, metrics)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        dist.barrier()
+        if self.context.is_main:
+            best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+            checkpoint.complete(self.context.checkpoints / f"checkpoint-{state.global_step}", {"step": state.global_step})
+            checkpoint.rotate(self.context.checkpoints, self.keep, best)
+        dist.barrier()

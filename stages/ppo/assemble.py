@@ -1,0 +1,50 @@
+"""The four roles of PPO as a recipe describes them (section 7 of the design)."""
+
+from __future__ import annotations
+
+import json
+from typing import cast
+
+from peft import LoraConfig
+
+from pipeline.adapters import build
+from pipeline.config.schema import Ppo
+from pipeline.model import begin
+from pipeline.model.assemble import Part, scoring
+from pipeline.model.roles import Roles
+from pipeline.stage import Context
+
+
+def parts(context: Context) -> dict[str, Part]:
+    """Policy, reference, critic and reward. A parent that cannot be continued is written out whole first."""
+    block = cast(Ppo, context.block)
+    full = block.adapter.method == "full"
+    path, continued = begin.base_below(context, context.parent("policy"), "causal")
+    weights = build.read(continued.path)[0] if continued else None
+    policy = Part(path, block.base, None if full else (None, weights), trained=True, own=full)
+    # Fresh LoRA is the identity: the policy as PPO starts is then the base with the adapter off.
+    copied = (LoraConfig.from_pretrained(str(continued.path)), weights) if continued else None
+    reference = Part(path, block.base, copied)
+    reward = scoring(context.batons[block.reward], block.base)
+    return {"policy": policy, "reference": reference, "critic": _critic(context, policy, reward), "reward": reward}
+
+
+def _critic(context: Context, policy: Part, reward: Part) -> Part:
+    block = cast(Ppo, context.block)
+    full = block.adapter.method == "full"
+    if block.critic.init == "base":
+        return Part(context.base, block.base, None if full else (None, None), {}, trained=True, own=full)
+    if block.critic.init == "policy":
+        return Part(policy.path, block.base, policy.adapter, {}, trained=True, own=full)
+    path, continued = begin.base_below(context, context.batons[block.reward], "classifier")
+    weights = build.read(continued.path)[0] if continued else None
+    held = block.base if full else reward.base
+    return Part(path, held, None if full else (None, weights), reward.head, trained=True, own=full)
+
+
+def sharing(roles: Roles) -> str:
+    """Which roles share a copy of the weights: a list of groups."""
+    groups: dict[str, list[str]] = {}
+    for name, role in roles.roles.items():
+        groups.setdefault(role.trunk, []).append(name)
+    return json.dumps(list(groups.values()))

@@ -1,0 +1,59 @@
+"""Supervised fine-tuning: next-token cross-entropy on demonstrations.
+
+Reads the base model (or an earlier stage named by `init`) and prompt/completion rows; hands on a policy: a LoRA adapter or
+a full model. Loss is taken on the completion and its EOS only, unless `loss_on: all`. It does not pack sequences.
+
+    deepspeed --num_gpus 2 --module stages.sft --recipe quickstart --stage sft --run-dir runs/quickstart
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from pipeline import checkpoint, engine, trainer
+from pipeline.config.schema import Sft
+from pipeline.data import encode
+from pipeline.data.split import load
+from pipeline.model import begin
+from pipeline.model.load import tokenizer
+from pipeline.stage import Context, main
+
+
+def sft(context: Context) -> None:
+    """Supervised fine-tuning."""
+    block, parent = cast(Sft, context.block), context.parent("init")
+    engine.start(block.seed)
+
+    tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
+    encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
+    counts = split.counts[block.data[0].path]
+    rows = encode.demonstrations(encoder, split.train, block.max_length, block.loss_on, counts)
+    held_out = encode.demonstrations(encoder, split.held_out, block.max_length, block.loss_on, counts)[: block.eval_rows]
+
+    steps = trainer.total_steps(context, block, len(rows))
+    arguments = SFTConfig(max_length=None, **trainer.arguments(context, block, steps))
+    zero = engine.zero_stage(arguments.deepspeed)
+    model, base = begin.model(context, parent, tok, "causal", sharded=zero == 3)
+    resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
+
+    with context.tracker(steps, checkpoint.step_of(resume) if resume else 0) as tracker:
+        training = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows),
+                              eval_dataset=Dataset.from_list(held_out) if held_out else None, processing_class=tok,
+                              callbacks=trainer.callbacks(context, block, tracker))
+        trainer.train(context, training, resume)
+        metrics = {}
+        if held_out:
+            loss = training.evaluate()["eval_loss"]
+            metrics = {"held_out/loss": loss, "held_out/perplexity": math.exp(min(loss, 50.0))}
+            tracker.log(steps, metrics)
+
+    write = begin.writer(training.model, tok, base)
+    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, split=split, zero_stage=zero)
+
+
+if __name__ == "__main__":
+    main(sft)
