@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from deepspeed.accelerator import get_accelerator
 
 from pipeline import checkpoint
@@ -66,6 +70,20 @@ def overlay(config: dict[str, Any], *, dtype: Dtype, micro_batch: int, accumulat
     return kept
 
 
+def fit_buckets(config: dict[str, Any], module: torch.nn.Module) -> None:
+    """Lower the communication buckets of `config`, in place, to what `module` trains.
+
+    ZeRO allocates its reduce bucket whole in every step, whatever the size of the gradients: with adapters, hundreds of
+    megabytes for nothing.
+    """
+    # Under ZeRO-3 a sharded parameter shows size 0 and keeps its own in ds_numel.
+    trained = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters() if p.requires_grad)
+    zero = config.get("zero_optimization", {})
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        if key in zero:
+            zero[key] = int(min(zero[key], max(trained, 1)))
+
+
 def _without_auto(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
@@ -74,6 +92,7 @@ def _without_auto(value: Any) -> Any:
 
 def start(seed: int) -> torch.device:
     """Join the process group, make this rank deterministic, and return its device."""
+    _quiet()
     if not dist.is_initialized():
         if get_accelerator().device_name() != "cpu":
             get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -82,6 +101,15 @@ def start(seed: int) -> torch.device:
     torch.use_deterministic_algorithms(True, warn_only=True)
     seed_all(seed)
     return torch.device(get_accelerator().current_device_name())
+
+
+def _quiet() -> None:
+    """Leave the terminal to the stage's own lines: libraries speak from warnings on, and without progress bars."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|peft|trl)\.")
 
 
 def seed_all(seed: int) -> None:

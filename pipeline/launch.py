@@ -34,7 +34,7 @@ def command(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str], por
     hosts = ["--hostfile", place.hostfile, "--num_nodes", str(place.num_nodes)] if place.hostfile else []
     line = [_deepspeed(), *hosts, "--num_gpus", str(place.num_gpus)]
     if port is not None:
-        line += ["--master_port", str(port)]
+        line += ["--master_port", str(port), "--log_level", "error"]
     line += ["--module", KINDS[block.kind].module, "--recipe", str(recipe.path), "--stage", stage, "--run-dir", str(run_dir)]
     for override in overrides:
         line += ["--set", override]

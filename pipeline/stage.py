@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +45,6 @@ class Context:
     stage: str
     run_dir: Path
     rank: int
-    local_rank: int
     world_size: int
     inputs: dict[str, Any]
     batons: dict[str, Baton]
@@ -142,12 +142,8 @@ def main(program: Callable[[Context], None]) -> None:
     die_with_parents()
     code = 0
     try:
-        recipe = load(arguments.recipe, [*arguments.set, *_launched_size(arguments, world_size)])
-        if rank == 0:
-            with run_lock(arguments.run_dir):
-                _run(program, recipe, arguments, rank, world_size)
-        else:
-            _run(program, recipe, arguments, rank, world_size)
+        overrides = [*arguments.set, *_launched_size(arguments, world_size)]
+        execute(program, arguments.recipe, arguments.stage, arguments.run_dir, overrides, rank, world_size)
     except UserError as error:
         if rank != 0:
             time.sleep(5.0)  # the launcher kills this rank as soon as rank 0 has told the same thing
@@ -182,22 +178,25 @@ def _launched_size(arguments: argparse.Namespace, world_size: int) -> list[str]:
             f"stages.{arguments.stage}.deepspeed.num_nodes=1"]
 
 
-def _run(program: Callable[[Context], None], recipe: Recipe, arguments: argparse.Namespace, rank: int, world: int) -> None:
-    if arguments.stage not in recipe.stages:
-        raise UserError(f"--stage {arguments.stage}", "no such stage", expected="one of: " + ", ".join(recipe.stages))
-    run_dir: Path = arguments.run_dir
-    record = json.loads(json.dumps(chain.inputs(recipe, arguments.stage, run_dir)))
-    batons = {name: handoff.open_baton(run_dir / name) for name in recipe.parents(arguments.stage)}
-    first, *others = batons.values() if batons else [None]
-    for other in others:
-        assert first is not None
-        handoff.check_same_tokenizer(first, other)
-    context = Context(recipe, arguments.stage, run_dir, rank, arguments.local_rank, world, record, batons)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, context.note)
-    if rank == 0:
-        _claim_checkpoints(context.dir, chain.key(record))
-    program(context)
+def execute(program: Callable[[Context], None], name: str, stage: str, run_dir: Path, overrides: list[str], rank: int,
+            world_size: int) -> None:
+    """Run a stage program on this rank, with the run directory locked by rank 0."""
+    recipe = load(name, overrides)
+    if stage not in recipe.stages:
+        raise UserError(f"--stage {stage}", "no such stage", expected="one of: " + ", ".join(recipe.stages))
+    with run_lock(run_dir) if rank == 0 else nullcontext():
+        record = json.loads(json.dumps(chain.inputs(recipe, stage, run_dir)))
+        batons = {parent: handoff.open_baton(run_dir / parent) for parent in recipe.parents(stage)}
+        first = next(iter(batons.values()), None)
+        for other in batons.values():
+            assert first is not None
+            handoff.check_same_tokenizer(first, other)
+        context = Context(recipe, stage, run_dir, rank, world_size, record, batons)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, context.note)
+        if rank == 0:
+            _claim_checkpoints(context.dir, chain.key(record))
+        program(context)
 
 
 def _claim_checkpoints(stage_dir: Path, key: str) -> None:

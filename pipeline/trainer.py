@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import checkpoint, engine
 from pipeline.config.recipe import split as split_batch
@@ -81,6 +81,7 @@ def callbacks(context: Context, block: Supervised, tracker: Tracker) -> list[Tra
 
 def train(context: Context, trainer: Any, resume: Path | None) -> None:
     """Train to the end, from a checkpoint if there is one. Raises Stopped when asked to stop."""
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     bridge = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Bridge))
     if bridge.stopped:

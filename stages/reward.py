@@ -41,6 +41,7 @@ def reward(context: Context) -> None:
                              **trainer.arguments(context, block, steps))
     zero = engine.zero_stage(arguments.deepspeed)
     model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3)
+    engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
 
     with context.tracker(steps, checkpoint.step_of(resume) if resume else 0) as tracker:

@@ -9,6 +9,7 @@ inference server.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,8 @@ from pipeline import checkpoint, engine
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Ppo
 from pipeline.data import encode
-from pipeline.data.split import load
+from pipeline.data.split import Split, load
+from pipeline.errors import UserError
 from pipeline.model import begin
 from pipeline.model.assemble import assemble, plain
 from pipeline.model.load import eos_ids, tokenizer
@@ -28,16 +30,49 @@ from stages.ppo.assemble import parts, sharing
 from stages.ppo.train import Loop, Prompts
 
 
+@dataclass(frozen=True)
+class Setup:
+    """A PPO run ready to start or to resume: the loop, where the policy's base lies, the tokenizer, the data, ZeRO stage."""
+
+    loop: Loop
+    base: str
+    tok: Any
+    split: Split
+    zero: int
+
+
 def ppo(context: Context) -> None:
     """Proximal policy optimisation."""
-    block, parent = cast(Ppo, context.block), context.parent("policy")
-    engine.start(block.seed)
+    block = cast(Ppo, context.block)
+    setup = prepare(context, block)
+    loop = setup.loop
+    resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
+    if resume:
+        loop.resume(resume)
 
+    with context.tracker(block.steps, loop.step) as tracker:
+        loop.run(tracker)
+    if block.publish == "best" and loop.best_step:
+        loop.resume(context.checkpoints / f"step-{loop.best_step}")
+    metrics = loop.evaluate() if loop.held_out else {}
+
+    base = begin.base_record(context, setup.base)
+    write = begin.writer(loop.engine.module.trunks["policy"], setup.tok, base, "policy")
+    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, split=setup.split, zero_stage=setup.zero)
+
+
+def prepare(context: Context, block: Ppo) -> Setup:
+    """Data, roles, optimizer and engine, as the recipe says and before any training."""
+    engine.start(block.seed)
+    parent = context.parent("policy")
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
     encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
     counts = split.counts[block.prompts[0].path]
     prompts = encode.prompts(encoder, split.train, block.sampling.max_prompt_length, counts)
     held_out = encode.prompts(encoder, split.held_out, block.sampling.max_prompt_length, counts)
+    if not prompts:
+        raise UserError(context.recipe.where("stages", context.stage, "sampling", "max_prompt_length"),
+                        f"every prompt is longer than {block.sampling.max_prompt_length} tokens", fix="raise it")
 
     config = configuration(context, block)
     zero = engine.zero_stage(config)
@@ -48,24 +83,13 @@ def ppo(context: Context) -> None:
         print(f"roles on one copy of their weights: {sharing(roles)}", flush=True)
     if block.gradient_checkpointing:
         roles.checkpoint_activations(reentrant=zero == 3)
+    engine.fit_buckets(config, roles)
     eos = eos_ids(plain(roles.trunks["policy"]))
     optimizer = optimizer_for(roles, block)
     clipping = engine.RoleClipping(optimizer, partitioned=zero > 0)
-    loop = Loop(context, block, engine.initialize(roles, optimizer, config), clipping, encoder,
-                Prompts(prompts, block.seed), held_out, eos, synced=zero == 3 and context.world_size > 1)
-    resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
-    if resume:
-        loop.resume(resume)
-
-    with context.tracker(block.steps, loop.step) as tracker:
-        loop.run(tracker)
-    if block.publish == "best" and loop.best_step:
-        loop.resume(context.checkpoints / f"step-{loop.best_step}")
-    metrics = loop.evaluate() if held_out else {}
-
-    base = begin.base_record(context, described["policy"].path)
-    write = begin.writer(roles.trunks["policy"], tok, base, "policy")
-    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, split=split, zero_stage=zero)
+    loop = Loop(context, block, engine.initialize(roles, optimizer, config), clipping, encoder, Prompts(prompts, block.seed),
+                held_out, eos, synced=zero == 3 and context.world_size > 1)
+    return Setup(loop, described["policy"].path, tok, split, zero)
 
 
 def configuration(context: Context, block: Ppo) -> dict[str, Any]:

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them: style, types, tests. Arguments go to pytest, such as -m fast or -k handoff.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh test
+ruff check .
+mypy
+exec python -m pytest "$@"

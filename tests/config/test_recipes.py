@@ -1,0 +1,102 @@
+"""The shipped recipes load and plan; models are counted exactly; reading a recipe takes neither torch nor long."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import memory
+from pipeline.config.recipe import load
+from pipeline.config.schema import Ppo
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "tests" / "configs"
+SHIPPED = sorted((ROOT / "pipeline" / "recipes").glob("*.yaml"))
+TESTED = sorted((ROOT / "tests" / "recipes").glob("*.yaml"))
+
+# Parameters as published with the models; `other` is worked out by hand from the published hyper-parameters.
+PUBLISHED = {
+    # 50272 and 2050 embeddings of 2048; 24 x (18432 biases + 8192 in two norms); the final norm.
+    "facebook/opt-1.3b": (1_315_758_080, 107_798_528),
+    # 50272 embeddings of 512 and 2050 of 1024; 24 x (9216 biases + 4096 in two norms); no final norm.
+    "facebook/opt-350m": (331_196_416, 28_157_952),
+    # 151936 embeddings of 896, tied; 24 x (1152 biases of q, k and v + 1792 in two norms); the final norm.
+    "Qwen/Qwen2.5-0.5B": (494_032_768, 136_206_208),
+    # 128256 embeddings of 4096, twice; 32 x 8192 in two norms; the final norm.
+    "meta-llama/Meta-Llama-3-8B": (8_030_261_248, 1_050_939_392),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_parameters_are_the_published_ones(model: str) -> None:
+    shape = memory.shape(memory.read(model, model, CONFIGS), model)
+    assert (shape.parameters, shape.other) == PUBLISHED[model]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_recipe_is_found_by_name_and_chains_the_three_stages(path: Path) -> None:
+    recipe = load(path.stem)
+    assert recipe.path == path
+    kinds = [recipe.stages[stage].kind for stage in recipe.order()]
+    assert [kinds.index(kind) for kind in ("sft", "reward", "ppo", "evaluate")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("path", TESTED, ids=lambda p: p.stem)
+def test_recipe_of_the_tests_loads(path: Path) -> None:
+    recipe = load(path)
+    assert recipe.order()[-1] == "evaluate"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_plan_shows_every_stage_its_model_and_its_command(path: Path) -> None:
+    recipe = load(path)
+    done = relay("plan", path.stem, "--configs", str(CONFIGS))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    for stage, block in recipe.stages.items():
+        row = next(line for line in done.stdout.splitlines() if line.startswith(f"│ {stage} "))
+        assert block.base.model in row
+        assert f"--stage {stage} " in done.stdout
+        if stage == "sft" and block.base.model in PUBLISHED:
+            assert f"{PUBLISHED[block.base.model][0] / 1e6:,.1f} M" in row
+
+
+def test_hh_stages_have_disjoint_shares_and_evaluate_takes_none() -> None:
+    for path in (p for p in SHIPPED if p.stem.startswith("hh_")):
+        recipe = load(path)
+        taken = [recipe.interval(stage, source) for stage in ("sft", "reward", "ppo")
+                 for source in getattr(recipe.stages[stage], "prompts" if stage == "ppo" else "data")]
+        assert taken == [pytest.approx((0.0, 0.2)), pytest.approx((0.2, 0.6)), pytest.approx((0.6, 1.0))]
+
+
+def test_opt_recipe_has_deepspeed_chats_constants() -> None:
+    ppo = load("hh_opt_1.3b").stages["ppo"]
+    assert isinstance(ppo, Ppo)
+    assert (ppo.lr, ppo.critic.lr, ppo.warmup, ppo.betas) == (9.65e-6, 5e-6, 100, (0.9, 0.95))
+    assert (ppo.kl.coef, ppo.score_clip, ppo.clip, ppo.value_clip) == (0.1, 5.0, 0.2, 0.2)
+    assert (ppo.gamma, ppo.lam, ppo.whiten) == (1.0, 0.95, False)
+    assert (ppo.sampling.max_prompt_length, ppo.sampling.max_response_length) == (256, 256)
+
+
+def test_reading_a_recipe_imports_no_torch_and_takes_under_two_seconds() -> None:
+    code = ("import sys; import pipeline.cli; from pipeline.config.recipe import load; load('quickstart'); "
+            "print([m for m in ('torch', 'transformers', 'deepspeed', 'datasets') if m in sys.modules])")
+    seconds = []
+    for _ in range(2):  # the better of two, because other work may hold the processor
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        seconds.append(time.monotonic() - began)
+        assert done.stdout.strip() == "[]"
+    assert min(seconds) < 2.0
+
+
+def relay(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does, in a terminal wide enough for its tables."""
+    env = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], capture_output=True, text=True,
+                          check=False, cwd=ROOT, env=env)

@@ -1,0 +1,46 @@
+"""Fixtures: real test data found through RELAY_TEST_DATA, warm ranks, tiny models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny
+from tests.support.session import Ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("RELAY_TEST_DATA", str(ROOT.parent / "shared" / "data"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    """`ranks(n)`: n warm ranks, started at first use; restarted when a failed case took them down."""
+    started: dict[int, Ranks] = {}
+
+    def get(world: int) -> Ranks:
+        if world not in started or not started[world].alive:
+            started[world] = Ranks(world, tmp_path_factory.mktemp(f"ranks{world}"))
+        return started[world]
+
+    yield get
+    for session in started.values():
+        session.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Real data and a real tiny model; tests that need it are skipped, visibly, where it is absent."""
+    folder = Path(os.environ["RELAY_TEST_DATA"])
+    if not (folder / "stories260K").is_dir():
+        pytest.skip(f"no test data in {folder}; set RELAY_TEST_DATA")
+    return folder

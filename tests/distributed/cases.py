@@ -1,0 +1,113 @@
+"""What warm ranks are asked to do. Each function runs on every rank and returns JSON."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from tests.support.stages import barrier, run
+
+
+def _loop(recipe: str, run_dir: str, overrides: list[str]) -> Any:
+    """A prepared PPO loop of the recipe's `ppo` stage; its parents must be published."""
+    from pipeline import stage
+    from pipeline.config.schema import Ppo
+    from stages.ppo.__main__ import prepare
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    held: list[Any] = []
+    stage.execute(lambda context: held.append(prepare(context, cast(Ppo, context.block))), recipe, "ppo", Path(run_dir),
+                  [*overrides, f"deepspeed.num_gpus={world}"], rank, world)
+    return held[0].loop
+
+
+def _weights(loop: Any) -> dict[str, torch.Tensor]:
+    """Whole trained parameters in float32 on every rank (from the float32 master weights where there are any)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for name, parameter in loop.engine.module.named_parameters():
+        if parameter.requires_grad:
+            master = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id") \
+                else None
+            found[name] = (parameter.detach() if master is None else master).float().cpu().clone()
+    return found
+
+
+def one_update(recipe: str, run_dir: str, overrides: list[str], target: str) -> dict[str, Any]:
+    """Roll out, judge and update once; rank 0 saves tokens and each parameter's change to `target`."""
+    from stages.ppo.experience import experience, judge
+
+    loop = _loop(recipe, run_dir, overrides)
+    before = _weights(loop)
+    rollout = loop.sample(loop.prompts.take(0, loop.block.rollout_batch), 0)
+    batch = experience(judge(loop.engine, rollout, loop.block.sampling.temperature, loop.micro), loop.block, 0.1)
+    stats = loop.update(batch, 0)
+    after = _weights(loop)
+    if dist.get_rank() == 0:
+        change = {name: after[name] - before[name] for name in before}
+        tokens = [batch.tokens[i, : int(batch.prompt_lengths[i] + batch.lengths[i])].tolist() for i in range(len(batch.lengths))]
+        torch.save({"tokens": tokens, "change": change, "advantages": batch.advantages, "after": after}, target)
+    barrier()
+    return stats
+
+
+def _master(loop: Any, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, dict[str, str]]:
+    """The float32 master of a bf16 parameter and the dtypes of its Adam states, wherever the ZeRO stage keeps them."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    optimizer = loop.engine.optimizer
+    if hasattr(optimizer, "fp32_groups"):  # ZeRO-0: whole masters beside the bf16 parameters
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for l, h in zip(low, high, strict=True):
+                if l is parameter:
+                    states = optimizer.optimizer.state[h]
+                    return h.detach().clone(), {k: str(states[k].dtype) for k in ("exp_avg", "exp_avg_sq") if k in states}
+    states = {k: safe_get_full_optimizer_state(parameter, k) for k in ("exp_avg", "exp_avg_sq")}
+    return safe_get_full_fp32_param(parameter).clone(), {k: str(v.dtype) for k, v in states.items() if v is not None}
+
+
+def master_weights(recipe: str, run_dir: str, overrides: list[str], updates: int) -> dict[str, Any]:
+    """After `updates` rounds of tiny Adam steps in bf16: dtypes of masters and optimizer states, how far masters moved."""
+    from stages.ppo.experience import experience, judge
+
+    loop = _loop(recipe, run_dir, overrides)
+    rollout = loop.sample(loop.prompts.take(0, loop.block.rollout_batch), 0)
+    batch = experience(judge(loop.engine, rollout, 1.0, loop.micro), loop.block, 0.1)
+    parameter = next(p for n, p in loop.engine.module.named_parameters() if n.endswith("lora_A.policy.weight"))
+    loop.update(batch, 0)
+    before, _ = _master(loop, parameter)
+    for _ in range(updates):
+        loop.update(batch, 0)
+    after, states = _master(loop, parameter)
+    return {"weight": str(parameter.dtype), "master": str(after.dtype), "states": states,
+            "moved": float((after - before).abs().max()), "size": float(before.abs().max())}
+
+
+def role_scaling(recipe: str, run_dir: str, overrides: list[str], factor: float) -> dict[str, Any]:
+    """The policy's change after one update whose critic loss is multiplied by `factor`, as one norm and a checksum."""
+    import stages.ppo.train as train
+    from stages.ppo.experience import experience, judge
+
+    loop = _loop(recipe, run_dir, overrides)
+    before = _weights(loop)
+    rollout = loop.sample(loop.prompts.take(0, loop.block.rollout_batch), 0)
+    batch = experience(judge(loop.engine, rollout, 1.0, loop.micro), loop.block, 0.1)
+    original = train.value_loss
+    try:
+        train.value_loss = lambda *a: tuple(x * s for x, s in zip(original(*a), (factor, 1.0), strict=True))
+        stats = loop.update(batch, 0)
+    finally:
+        train.value_loss = original
+    after = _weights(loop)
+    policy = {n: (after[n] - before[n]).double() for n in before if n.endswith(".policy.weight")}
+    return {"policy": [float(sum(c.pow(2).sum() for c in policy.values())), float(sum(c.sum() for c in policy.values()))],
+            "norms": [stats["grad_norm/policy"], stats["grad_norm/critic"]]}
+
+
+def run_stage(recipe: str, stage: str, run_dir: str, overrides: list[str] | None = None) -> str:
+    return run(recipe, stage, run_dir, overrides)

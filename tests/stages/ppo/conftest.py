@@ -1,0 +1,44 @@
+"""Numbers computed by DeepSpeed-Chat's own functions, to compare Relay's with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="session")
+def golden() -> SimpleNamespace:
+    """DeepSpeed-Chat's inputs and outputs on the response part, float32 [3, 6]: step t emits response token t.
+
+    There `pad == eos`, and the EOS of a reply counts as padding: `lengths` [3] (its n) leaves EOS out, `mask` is 1 on
+    those n tokens, and the score is added one step past them, at most on the last step. `emitted` [3] counts EOS, as
+    Relay does. Read from the folder RELAY_GOLDEN, by default `shared/golden` beside the repository.
+    """
+    folder = Path(os.environ.get("RELAY_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
+    file = folder / "dschat_ppo.json"
+    if not file.is_file():
+        pytest.skip(f"golden numbers are not there: {file}; set RELAY_GOLDEN to their folder")
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    start, pad = raw["P"] - 1, 2
+
+    def response(name: str) -> Tensor:
+        return torch.tensor(raw[name])[:, start:]
+
+    mask = (torch.tensor(raw["seq"])[:, raw["P"] :] != pad).float()
+    lengths = mask.sum(1).long()
+    scores = torch.tensor(raw["reward"])
+    return SimpleNamespace(
+        raw=raw, scores=scores, clipped_scores=scores.clamp(-raw["clip_reward"], raw["clip_reward"]),
+        logprobs=response("logprobs"), reference=response("ref_logprobs"), values=response("values"),
+        new_logprobs=response("new_logprobs"), new_values=response("new_values"),
+        lengths=lengths, emitted=torch.clamp(lengths + 1, max=mask.shape[1]), mask=mask,
+        rewards=torch.tensor(raw["out"]["rewards"])[:, start:], advantages=torch.tensor(raw["out"]["advantages"]),
+        returns=torch.tensor(raw["out"]["returns"]))

@@ -1,0 +1,55 @@
+"""Run a stage's program in a warm rank, as the launcher would in a fresh one."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+from pathlib import Path
+
+PROGRAMS = {"sft": "stages.sft:sft", "reward": "stages.reward:reward", "ppo": "stages.ppo.__main__:ppo",
+            "evaluate": "stages.evaluate.__main__:evaluate"}
+
+
+def run(recipe: str, stage: str, run_dir: str, overrides: list[str] | None = None) -> str:
+    """The content hash that the stage published. Runs on every rank."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    from pipeline import handoff
+    from pipeline.config.recipe import load
+    from pipeline.stage import execute
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    ranks = [f"deepspeed.num_gpus={world}"]
+    kind = load(recipe, [*(overrides or []), *ranks]).stages[stage].kind
+    module, _, name = PROGRAMS[kind].partition(":")
+    try:
+        execute(getattr(importlib.import_module(module), name), recipe, stage, Path(run_dir), [*(overrides or []), *ranks],
+                rank, world)
+    finally:
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        gc.collect()
+    barrier()
+    manifest = handoff.read_manifest(Path(run_dir) / stage)
+    assert manifest is not None
+    return str(manifest["content_hash"])
+
+
+def chain(recipe: str, run_dir: str, overrides: list[str] | None = None, until: str | None = None) -> dict[str, str]:
+    """Run all stages of a recipe in order; content hash by stage."""
+    from pipeline.config.recipe import load
+
+    hashes = {}
+    for stage in load(recipe, overrides).order():
+        hashes[stage] = run(recipe, stage, run_dir, overrides)
+        if stage == until:
+            break
+    return hashes
+
+
+def barrier() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
