@@ -111,3 +111,60 @@ def role_scaling(recipe: str, run_dir: str, overrides: list[str], factor: float)
 
 def run_stage(recipe: str, stage: str, run_dir: str, overrides: list[str] | None = None) -> str:
     return run(recipe, stage, run_dir, overrides)
+
+
+def opens_plainly(recipe: str, run_dir: str, overrides: list[str] | None = None) -> dict[str, float]:
+    """Largest difference between Relay's reading of each published stage and plain transformers and PEFT reading it.
+
+    For policies the log-probabilities of a text's tokens, for the reward model its score.
+    """
+    from pipeline import stage
+
+    world = int(os.environ["WORLD_SIZE"])
+    found: dict[str, float] = {}
+    stage.execute(lambda context: found.update(_compare(context)), recipe, "ppo", Path(run_dir),
+                  [*(overrides or []), f"deepspeed.num_gpus={world}"], int(os.environ["RANK"]), world)
+    return found
+
+
+def _compare(context: Any) -> dict[str, float]:
+    from pipeline import engine, handoff
+    from pipeline.model.assemble import assemble, scoring, speaking
+    from pipeline.model.load import tokenizer
+
+    engine.start(0)
+    batons = {name: handoff.open_baton(context.run_dir / name) for name in ("sft", "reward", "ppo")}
+    tok = tokenizer(str(batons["sft"].path))
+    text = tok("Anna visits the palace. What does she see?\nShe sees an old mirror.")["input_ids"] + [tok.eos_token_id]
+    tokens, prompt = torch.tensor([text]), torch.tensor([10])
+    parts = {"sft": speaking(context, batons["sft"]), "ppo": speaking(context, batons["ppo"]),
+             "reward": scoring(batons["reward"], context.block.base)}
+    roles = assemble(context, parts, tok, sharded=False)
+    differences = {}
+    with roles.evaluating():
+        for name in ("sft", "ppo"):
+            ours, _ = roles("log_probs", name, tokens, prompt, len(text) - 10, 1.0)
+            logits = _plain(batons[name], context.block.base, "causal")(input_ids=tokens).logits[0, 9:-1].float()
+            theirs = logits.log_softmax(-1).gather(1, tokens[0, 10:, None])[:, 0]
+            differences[name] = float((ours[0] - theirs).abs().max())
+        score = roles("scores", "reward", tokens, torch.tensor([len(text)]))
+        plain = _plain(batons["reward"], context.block.base, "classifier")(input_ids=tokens).logits.float()
+        differences["reward"] = float((score - plain[0]).abs().max())
+    return differences
+
+
+def _plain(baton: Any, base: Any, kind: str) -> Any:
+    """The published stage as somebody without Relay opens it: transformers and PEFT alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[base.dtype]
+    auto = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    options: dict[str, Any] = {"dtype": dtype, **({"num_labels": 1} if kind == "classifier" else {})}
+    if base.quantization and baton.is_adapter:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", "score"])
+    if not baton.is_adapter:
+        return auto.from_pretrained(baton.path, **options).eval()
+    return PeftModel.from_pretrained(auto.from_pretrained(baton.base, **options), baton.path).eval()
