@@ -33,8 +33,12 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
     for parent in recipe.parents(stage):
         manifest = handoff.read_manifest(run_dir / parent)
         if manifest is None:
-            raise UserError(recipe.where("stages", stage), f'its upstream stage "{parent}" is not published in {run_dir}',
-                            expected="a finished upstream stage", fix=f"run it first: relay run {recipe.name} --until {parent}")
+            raise UserError(
+                recipe.where("stages", stage),
+                f'its upstream stage "{parent}" is not published in {run_dir}',
+                expected="a finished upstream stage",
+                fix=f"run it first: relay run {recipe.name} --until {parent}",
+            )
         parents[parent] = manifest["content_hash"]
     return {
         "block": resolved(block),
@@ -78,8 +82,11 @@ def checkpoints(stage_dir: Path) -> list[int]:
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Dotted keys whose values differ, with both values when they are short."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [d for k in sorted(old.keys() | new.keys())
-                for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+        return [
+            d
+            for k in sorted(old.keys() | new.keys())
+            for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)
+        ]
     if old == new:
         return []
     name = path.removeprefix("block.")
@@ -97,6 +104,13 @@ def selection(recipe: Recipe, first: str | None, until: str | None) -> list[str]
     for option, name in (("--from", first), ("--until", until)):
         if name is not None and name not in recipe.stages:
             raise UserError(f"{option} {name}", "no such stage", expected="one of: " + ", ".join(recipe.stages))
+    if first and until and first != until and first not in _ancestors(recipe, until):
+        raise UserError(
+            f"--from {first} --until {until}",
+            f"{first} does not come before {until}",
+            expected="a stage that --until waits for",
+            fix="leave out one of them",
+        )
     order = recipe.order()
     if until is not None:
         order = [s for s in order if s == until or s in _ancestors(recipe, until)]

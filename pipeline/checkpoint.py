@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def step_of(folder: Path) -> int:
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The newest undamaged checkpoint. Damaged ones are reported and passed over; incomplete ones are removed."""
+    """The newest undamaged checkpoint. Damaged ones are reported and set aside; incomplete ones are removed."""
+    for cut in checkpoints.glob("*.writing"):
+        shutil.rmtree(cut, ignore_errors=True)
     for folder in sorted(_all(checkpoints), key=step_of, reverse=True):
         if not (folder / MARKER).exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -55,6 +58,9 @@ def newest(checkpoints: Path) -> Path | None:
         if problem is None:
             return folder
         print(f"checkpoint {folder} is left out: {problem}", flush=True)
+        aside = folder.with_name(folder.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
     return None
 
 

@@ -19,8 +19,12 @@ from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from pipeline.lock import run_lock
 from pipeline.summary import summary
 
-commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                       help="RLHF in stages under DeepSpeed, one verified checkpoint from stage to stage.")
+commands = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="RLHF in stages under DeepSpeed, one verified checkpoint from stage to stage.",
+)
 console = Console(highlight=False, soft_wrap=True)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")]
@@ -38,7 +42,9 @@ def app() -> None:
         sys.exit(EXIT_USER_ERROR)
 
 
-def _open(name: str, run_dir: Path | None, overrides: list[str] | None, ranks: int | None) -> tuple[Recipe, Path, list[str]]:
+def _open(
+    name: str, run_dir: Path | None, overrides: list[str] | None, ranks: int | None
+) -> tuple[Recipe, Path, list[str]]:
     given = list(overrides or [])
     recipe = load(name, given)
     if ranks is not None:
@@ -48,13 +54,20 @@ def _open(name: str, run_dir: Path | None, overrides: list[str] | None, ranks: i
 
 
 @commands.command()
-def run(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = None, ranks: Ranks = None,
-        first: Annotated[str | None, typer.Option("--from", help="run this stage and what depends on it again")] = None,
-        until: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None) -> None:
+def run(
+    recipe: RecipeName,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    first: Annotated[str | None, typer.Option("--from", help="run this stage and what depends on it again")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
+) -> None:
     """Run the stages of RECIPE that are not up to date, in order; show what came out."""
     loaded, folder, given = _open(recipe, run_dir, overrides, ranks)
     wanted, again = chain.selection(loaded, first, until), chain.redo(loaded, first)
     with run_lock(folder):
+        for stage in loaded.stages:
+            handoff.recover(folder / stage)
         for stage in wanted:
             _run_stage(loaded, stage, folder, given, again=stage in again)
     summary(loaded, folder, wanted, console)
@@ -78,10 +91,14 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
         console.print(f"[bold]{stage}[/bold]  stopped and saved; the same command goes on from there")
         raise typer.Exit(EXIT_STOPPED)
     if code != 0:
-        console.print(f"[bold]{stage}[/bold]  failed with exit code {code}; its error is above, nothing published changed")
+        console.print(
+            f"[bold]{stage}[/bold]  failed with exit code {code}; its error is above, nothing published changed"
+        )
         raise typer.Exit(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
     manifest = handoff.open_baton(run_dir / stage).manifest
-    console.print(f"[bold]{stage}[/bold]  published {manifest['content_hash'][:12]} in {time.monotonic() - began:.0f} s")
+    console.print(
+        f"[bold]{stage}[/bold]  published {manifest['content_hash'][:12]} in {time.monotonic() - began:.0f} s"
+    )
 
 
 @commands.command()
@@ -96,9 +113,15 @@ def status(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = No
 
 
 @commands.command()
-def plan(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = None, ranks: Ranks = None,
-         configs: Annotated[Path | None, typer.Option(help="folder of <org>__<name>/config.json, read instead of the hub")]
-         = None) -> None:
+def plan(
+    recipe: RecipeName,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    configs: Annotated[
+        Path | None, typer.Option(help="folder of <org>__<name>/config.json, read instead of the hub")
+    ] = None,
+) -> None:
     """What would run: the commands, the batch arithmetic and the memory per rank, before anything is loaded."""
     from pipeline.memory import estimate
 
@@ -107,17 +130,34 @@ def plan(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = None
     for stage in loaded.order():
         block = loaded.stages[stage]
         need = estimate(loaded, stage, configs)
-        method = "none" if block.kind == "evaluate" else block.adapter.method + (" on nf4" if block.base.quantization else "")
-        table.add_row(stage, block.kind, block.base.model, method, block.deepspeed.config, str(block.deepspeed.ranks),
-                      f"{need.parameters / 1e6:,.1f} M", f"{need.trained / 1e6:,.2f} M", f"{need.gib:.2f}")
+        method = (
+            "none"
+            if block.kind == "evaluate"
+            else block.adapter.method + (" on nf4" if block.base.quantization else "")
+        )
+        table.add_row(
+            stage,
+            block.kind,
+            block.base.model,
+            method,
+            block.deepspeed.config,
+            str(block.deepspeed.ranks),
+            f"{need.parameters / 1e6:,.1f} M",
+            f"{need.trained / 1e6:,.2f} M",
+            f"{need.gib:.2f}",
+        )
     console.print(table)
     for stage in loaded.order():
         console.print(" ".join(["deepspeed", *launch.command(loaded, stage, folder, given)[1:]]))
 
 
 @commands.command()
-def show(recipe: RecipeName, stage: Annotated[str | None, typer.Argument(help="a stage; default all")] = None,
-         run_dir: RunDir = None, overrides: Overrides = None) -> None:
+def show(
+    recipe: RecipeName,
+    stage: Annotated[str | None, typer.Argument(help="a stage; default all")] = None,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+) -> None:
     """What the stages published: metrics, files and lineage."""
     loaded, folder, _ = _open(recipe, run_dir, overrides, None)
     for name in [stage] if stage else loaded.order():
@@ -125,11 +165,18 @@ def show(recipe: RecipeName, stage: Annotated[str | None, typer.Argument(help="a
         if manifest is None:
             console.print(f"[bold]{name}[/bold]  nothing published")
             continue
-        table = Table(title=f"{name} ({manifest['kind']})  {manifest['content_hash'][:12]}", show_header=False, title_justify="left")
+        table = Table(
+            title=f"{name} ({manifest['kind']})  {manifest['content_hash'][:12]}",
+            show_header=False,
+            title_justify="left",
+        )
         base = manifest["base"]
         table.add_row("output", str(folder / name / handoff.OUTPUT))
         table.add_row("base", f"{base['model']}  {base['content_hash'][:12]}")
-        table.add_row("trained", f"{manifest['adapter']}, ZeRO-{manifest['zero_stage']}, {manifest['world_size']} ranks, seed {manifest['seed']}")
+        table.add_row(
+            "trained",
+            f"{manifest['adapter']}, ZeRO-{manifest['zero_stage']}, {manifest['world_size']} ranks, seed {manifest['seed']}",
+        )
         table.add_row("parents", ", ".join(f"{p} {h[:12]}" for p, h in manifest["parents"].items()) or "none")
         for source in manifest["data"]:
             counts = ", ".join(f"{v} {k}" for k, v in source.items() if k not in ("path", "sha256"))
@@ -151,8 +198,11 @@ def verify(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = No
         for parent, expected in baton.manifest["parents"].items():
             found = handoff.open_baton(folder / parent).content_hash
             if found != expected:
-                raise UserError(f"stage {stage}", f"it was made from {parent} {expected[:12]}, which is now {found[:12]}",
-                                fix=f"run it again: relay run {recipe} --from {stage}")
+                raise UserError(
+                    f"stage {stage}",
+                    f"it was made from {parent} {expected[:12]}, which is now {found[:12]}",
+                    fix=f"run it again: relay run {recipe} --from {stage}",
+                )
         console.print(f"[bold]{stage}[/bold]  {len(baton.manifest['files'])} files verified  {baton.content_hash[:12]}")
 
 

@@ -51,7 +51,9 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def overlay(config: dict[str, Any], *, dtype: Dtype, micro_batch: int, accumulation: int, max_grad_norm: float) -> dict[str, Any]:
+def overlay(
+    config: dict[str, Any], *, dtype: Dtype, micro_batch: int, accumulation: int, max_grad_norm: float
+) -> dict[str, Any]:
     """`config` with the recipe's batch, accumulation, clipping and dtype; the optimizer and scheduler are Relay's own.
 
     `auto` values, which plain DeepSpeed refuses, are dropped: DeepSpeed's defaults take their place.
@@ -96,8 +98,12 @@ def start(seed: int) -> torch.device:
     if not dist.is_initialized():
         if get_accelerator().device_name() != "cpu":
             get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name()
-                                   if get_accelerator().device_name() != "cpu" else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name()
+            if get_accelerator().device_name() != "cpu"
+            else "gloo",
+            verbose=False,
+        )
     torch.use_deterministic_algorithms(True, warn_only=True)
     seed_all(seed)
     return torch.device(get_accelerator().current_device_name())
@@ -149,7 +155,9 @@ def learning_rate_factor(schedule: Schedule, step: int, total: int) -> float:
     if schedule.lr_schedule == "constant":
         return 1.0
     done = (step - warmup) / max(1, total - warmup)
-    return max(0.0, 1.0 - done) if schedule.lr_schedule == "linear" else max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+    return (
+        max(0.0, 1.0 - done) if schedule.lr_schedule == "linear" else max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+    )
 
 
 def warmup_steps(schedule: Schedule, total: int) -> int:
@@ -175,7 +183,9 @@ class RoleClipping:
             if not group["params"]:
                 continue
             device = group["params"][0].device
-            square = torch.stack([g.float().pow(2).sum() for g in grads]).sum() if grads else torch.zeros((), device=device)
+            square = (
+                torch.stack([g.float().pow(2).sum() for g in grads]).sum() if grads else torch.zeros((), device=device)
+            )
             if self.partitioned and dist.is_initialized():
                 communicated = square.to(get_accelerator().current_device_name())
                 dist.all_reduce(communicated)
@@ -191,8 +201,12 @@ class RoleClipping:
 def initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     """A DeepSpeed engine over `module` with `optimizer`, whose groups stay as they are."""
     engine, _, _, _ = deepspeed.initialize(
-        model=module, optimizer=optimizer, model_parameters=[p for g in optimizer.param_groups for p in g["params"]],
-        config=config, dist_init_required=False)
+        model=module,
+        optimizer=optimizer,
+        model_parameters=[p for g in optimizer.param_groups for p in g["params"]],
+        config=config,
+        dist_init_required=False,
+    )
     return engine
 
 
@@ -226,7 +240,12 @@ def resume(engine: Any, folder: Path) -> dict[str, Any]:
 def _random_state() -> dict[str, Any]:
     accelerator = get_accelerator()
     device = accelerator.get_rng_state() if accelerator.device_name() != "cpu" else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "device": device}
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": device,
+    }
 
 
 def _set_random_state(state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
 OUTPUT = "output"
+SEAL = "manifest_hash"
 WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
@@ -49,7 +51,7 @@ class Baton:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder` but the manifest, by relative path, sorted."""
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     return {p.relative_to(folder).as_posix(): file_hash(p) for p in found}
 
 
@@ -70,22 +72,38 @@ def model_hash(model: str, revision: str | None = None) -> str:
         folder = _snapshot(model, revision)
     found = sorted(p for p in folder.iterdir() if p.name.endswith(WEIGHTS) or p.name == "config.json")
     if not any(p.name.endswith(WEIGHTS) for p in found):
-        raise UserError(f"base {model}", "no weights in that folder", expected="*.safetensors and config.json",
-                        fix="check base.model; a folder is relative to the recipe file")
-    return digest({p.name: file_hash(p) for p in found})
+        raise UserError(
+            f"base {model}",
+            "no weights in that folder",
+            expected="*.safetensors and config.json",
+            fix="check base.model; a folder is relative to the recipe file",
+        )
+    return _hash_once(tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in found))
+
+
+@lru_cache(maxsize=64)
+def _hash_once(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """One hash over names and contents; a process reads the same unchanged weights only once."""
+    return digest({path.name: file_hash(path) for path, _, _ in files})
 
 
 def _snapshot(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):  # older models, such as OPT, are on the hub as .bin alone
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"base {model}", f"neither a folder here nor to be had from the hub: {reason}",
-                        fix="check base.model and the network, or download it and give the folder") from None
+        raise UserError(
+            f"base {model}",
+            f"neither a folder here nor to be had from the hub: {reason}",
+            fix="check base.model and the network, or download it and give the folder",
+        ) from None
 
 
 def publish(stage_dir: Path, write: Callable[[Path], None], facts: dict[str, Any]) -> Baton:
@@ -103,7 +121,7 @@ def publish(stage_dir: Path, write: Callable[[Path], None], facts: dict[str, Any
             sync(file)
     hashes = file_hashes(fresh)
     manifest = {"schema": SCHEMA, **facts, "content_hash": content_hash(fresh, hashes), "files": hashes}
-    write_json(fresh / MANIFEST, manifest)
+    write_json(fresh / MANIFEST, {**manifest, SEAL: digest(manifest)})
     sync(fresh)
     if output.exists():
         os.rename(output, previous)
@@ -123,15 +141,20 @@ def recover(stage_dir: Path) -> None:
             os.rename(previous, output)
 
 
+def current(stage_dir: Path) -> Path:
+    """Where the published output is: a replacement that was cut, or is under way, leaves it in `output.previous`."""
+    output, previous = stage_dir / OUTPUT, stage_dir / "output.previous"
+    return previous if previous.exists() and not output.exists() else output
+
+
 def read_manifest(stage_dir: Path) -> dict[str, Any] | None:
     """The manifest of a published stage, unverified; None when nothing is published."""
-    recover(stage_dir)
-    path = stage_dir / OUTPUT / MANIFEST
+    path = current(stage_dir) / MANIFEST
     if not path.is_file():
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(manifest, dict) and {"files", "content_hash", "inputs"} <= manifest.keys():
+        if isinstance(manifest, dict) and manifest.pop(SEAL, None) == digest(manifest):
             return manifest
     except (json.JSONDecodeError, UnicodeDecodeError):
         pass
@@ -141,21 +164,34 @@ def read_manifest(stage_dir: Path) -> dict[str, Any] | None:
 def open_baton(stage_dir: Path) -> Baton:
     """The verified output of a stage. Raises UserError naming the first file that is missing, added or altered."""
     manifest = read_manifest(stage_dir)
-    output = stage_dir / OUTPUT
+    output = current(stage_dir)
     if manifest is None:
-        raise UserError(f"stage {stage_dir.name}", f"nothing is published in {output}", expected="a finished stage",
-                        fix=_rebuild(stage_dir))
+        raise UserError(
+            f"stage {stage_dir.name}",
+            f"nothing is published in {output}",
+            expected="a finished stage",
+            fix=_rebuild(stage_dir),
+        )
     if manifest["schema"] != SCHEMA:
-        raise UserError(str(output / MANIFEST), f"schema {manifest['schema']}", expected=f"schema {SCHEMA}",
-                        fix=_rebuild(stage_dir))
+        raise UserError(
+            str(output / MANIFEST), f"schema {manifest['schema']}", expected=f"schema {SCHEMA}", fix=_rebuild(stage_dir)
+        )
     expected, found = manifest["files"], file_hashes(output)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            state = "missing" if name not in found else "not in the manifest" if name not in expected else (
-                f"altered: sha256 {found[name][:16]}…")
-            raise UserError(str(output / name), state,
-                            expected=f"sha256 {expected[name][:16]}…" if name in expected else "no such file",
-                            fix=f"restore the file, or {_rebuild(stage_dir)}")
+            state = (
+                "missing"
+                if name not in found
+                else "not in the manifest"
+                if name not in expected
+                else (f"altered: sha256 {found[name][:16]}…")
+            )
+            raise UserError(
+                str(output / name),
+                state,
+                expected=f"sha256 {expected[name][:16]}…" if name in expected else "no such file",
+                fix=f"restore the file, or {_rebuild(stage_dir)}",
+            )
     if content_hash(output, found) != manifest["content_hash"]:
         raise UserError(str(output / MANIFEST), "its content hash does not fit its files", fix=_rebuild(stage_dir))
     return Baton(output, manifest)
@@ -165,21 +201,31 @@ def check_base(baton: Baton, found_hash: str) -> None:
     """Refuse an adapter that was trained on other base weights than the ones at hand."""
     expected = baton.manifest["base"]["content_hash"]
     if baton.is_adapter and found_hash != expected:
-        raise UserError(str(baton.path), f"this adapter was trained on another base: {baton.manifest['base']['model']} now "
-                        f"has content {found_hash[:16]}…", expected=f"content {expected[:16]}…",
-                        fix=f"restore that base, or {_rebuild(baton.path.parent)}")
+        raise UserError(
+            str(baton.path),
+            f"this adapter was trained on another base: {baton.manifest['base']['model']} now "
+            f"has content {found_hash[:16]}…",
+            expected=f"content {expected[:16]}…",
+            fix=f"restore that base, or {_rebuild(baton.path.parent)}",
+        )
 
 
 def check_same_tokenizer(first: Baton, second: Baton) -> None:
     """Refuse two stages whose tokenizers differ: token ids of one would mean something else to the other."""
-    names = [name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if name in first.manifest["files"]
-             or name in second.manifest["files"]]
+    names = [
+        name
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+        if name in first.manifest["files"] or name in second.manifest["files"]
+    ]
     for name in names:
         ours, theirs = first.manifest["files"].get(name), second.manifest["files"].get(name)
         if ours != theirs:
-            raise UserError(f"tokenizer of {first.manifest['stage']} and {second.manifest['stage']}", f"{name} differs: "
-                            f"{str(ours)[:16]}… and {str(theirs)[:16]}…", expected="one tokenizer through the chain",
-                            fix="train both stages from bases with the same tokenizer")
+            raise UserError(
+                f"tokenizer of {first.manifest['stage']} and {second.manifest['stage']}",
+                f"{name} differs: {str(ours)[:16]}… and {str(theirs)[:16]}…",
+                expected="one tokenizer through the chain",
+                fix="train both stages from bases with the same tokenizer",
+            )
 
 
 def write_json(path: Path, value: Any) -> None:

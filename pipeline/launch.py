@@ -35,7 +35,16 @@ def command(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str], por
     line = [_deepspeed(), *hosts, "--num_gpus", str(place.num_gpus)]
     if port is not None:
         line += ["--master_port", str(port), "--log_level", "error"]
-    line += ["--module", KINDS[block.kind].module, "--recipe", str(recipe.path), "--stage", stage, "--run-dir", str(run_dir)]
+    line += [
+        "--module",
+        KINDS[block.kind].module,
+        "--recipe",
+        str(recipe.path),
+        "--stage",
+        stage,
+        "--run-dir",
+        str(run_dir),
+    ]
     for override in overrides:
         line += ["--set", override]
     return line
@@ -65,8 +74,12 @@ def check_devices(recipe: Recipe, stage: str) -> None:
     """Refuse a stage that wants more GPUs than this host has. CPU ranks may share cores."""
     place, have = recipe.stages[stage].deepspeed, devices()
     if place.hostfile is None and have is not None and place.num_gpus > have:
-        raise UserError(recipe.where("stages", stage, "deepspeed", "num_gpus"), f"{place.num_gpus} GPUs wanted",
-                        expected=f"at most {have}, which this host has", fix=f"run with --num-gpus {have}")
+        raise UserError(
+            recipe.where("stages", stage, "deepspeed", "num_gpus"),
+            f"{place.num_gpus} GPUs wanted",
+            expected=f"at most {have}, which this host has",
+            fix=f"run with --num-gpus {have}",
+        )
 
 
 def environment(run_dir: Path) -> dict[str, str]:
@@ -96,8 +109,9 @@ def run(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> int:
     stop = run_dir / stage / STOP_FILE
     stop.unlink(missing_ok=True)
     stop.parent.mkdir(parents=True, exist_ok=True)
-    child = subprocess.Popen(command(recipe, stage, run_dir, overrides, free_port()), env=environment(run_dir),
-                             start_new_session=True)
+    child = subprocess.Popen(
+        command(recipe, stage, run_dir, overrides, free_port()), env=environment(run_dir), start_new_session=True
+    )
     asked: list[float] = []
 
     def ask(signum: int, frame: FrameType | None) -> None:

@@ -30,8 +30,12 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             stream.seek(0)
             holder = _holder(stream.read())
-            raise UserError(f"run directory {run_dir}", f"another process writes to it: {holder}", expected="one writer",
-                            fix="wait for it or stop it, or choose another --run-dir") from None
+            raise UserError(
+                f"run directory {run_dir}",
+                f"another process writes to it: {holder}",
+                expected="one writer",
+                fix="wait for it or stop it, or choose another --run-dir",
+            ) from None
         stream.seek(0)
         stream.truncate()
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, stream)

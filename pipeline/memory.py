@@ -53,8 +53,11 @@ class Shape:
 
     def lora(self, adapter: Adapter) -> int:
         """Parameters of a LoRA adapter: r x (in + out) for each layer it targets."""
-        return sum(layer.count * adapter.r * (layer.inputs + layer.outputs) for layer in self.linears
-                   if adapter.targets == "all-linear" or layer.name in adapter.targets)
+        return sum(
+            layer.count * adapter.r * (layer.inputs + layer.outputs)
+            for layer in self.linears
+            if adapter.targets == "all-linear" or layer.name in adapter.targets
+        )
 
 
 @dataclass(frozen=True)
@@ -90,39 +93,71 @@ def shape(config: dict[str, Any], where: str) -> Shape:
         hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
         size, layers = config.get("head_dim") or hidden // heads, config["num_hidden_layers"]
         kv = (config.get("num_key_value_heads") or heads) * size
-        linears = _linears(layers, q_proj=(hidden, heads * size), k_proj=(hidden, kv), v_proj=(hidden, kv),
-                           o_proj=(heads * size, hidden), gate_proj=(hidden, inner), up_proj=(hidden, inner),
-                           down_proj=(inner, hidden))
+        linears = _linears(
+            layers,
+            q_proj=(hidden, heads * size),
+            k_proj=(hidden, kv),
+            v_proj=(hidden, kv),
+            o_proj=(heads * size, hidden),
+            gate_proj=(hidden, inner),
+            up_proj=(hidden, inner),
+            down_proj=(inner, hidden),
+        )
         extra = {"qwen2": heads * size + 2 * kv, "qwen3": 2 * size}.get(kind, 0)  # biases of q, k, v; norms of q and k
         head = 0 if config.get("tie_word_embeddings") else vocabulary * hidden
         return Shape(linears, vocabulary * hidden + head + layers * (2 * hidden + extra) + hidden, head, hidden)
     if kind == "opt":
         hidden, inner, layers = config["hidden_size"], config["ffn_dim"], config["num_hidden_layers"]
         width, square = config.get("word_embed_proj_dim", hidden), (hidden, hidden)
-        linears = _linears(layers, q_proj=square, k_proj=square, v_proj=square, out_proj=square, fc1=(hidden, inner),
-                           fc2=(inner, hidden))
+        linears = _linears(
+            layers,
+            q_proj=square,
+            k_proj=square,
+            v_proj=square,
+            out_proj=square,
+            fc1=(hidden, inner),
+            fc2=(inner, hidden),
+        )
         if width != hidden:
             linears += _linears(1, project_in=(width, hidden), project_out=(hidden, width))
         normed = config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm")
-        other = (vocabulary * width + (config["max_position_embeddings"] + 2) * hidden + (2 * hidden if normed else 0)
-                 + layers * (4 * hidden + inner + hidden + 4 * hidden))
+        other = (
+            vocabulary * width
+            + (config["max_position_embeddings"] + 2) * hidden
+            + (2 * hidden if normed else 0)
+            + layers * (4 * hidden + inner + hidden + 4 * hidden)
+        )
         return Shape(linears, other, 0, width)
     if kind == "gpt2":
         hidden, layers = config["n_embd"], config["n_layer"]
         inner = config.get("n_inner") or 4 * hidden
-        linears = [*_linears(layers, c_attn=(hidden, 3 * hidden), c_proj=(hidden, hidden), c_fc=(hidden, inner)),
-                   *_linears(layers, c_proj=(inner, hidden))]
-        other = ((vocabulary + config["n_positions"]) * hidden + 2 * hidden
-                 + layers * (4 * hidden + 3 * hidden + 2 * hidden + inner))
+        linears = [
+            *_linears(layers, c_attn=(hidden, 3 * hidden), c_proj=(hidden, hidden), c_fc=(hidden, inner)),
+            *_linears(layers, c_proj=(inner, hidden)),
+        ]
+        other = (
+            (vocabulary + config["n_positions"]) * hidden
+            + 2 * hidden
+            + layers * (4 * hidden + 3 * hidden + 2 * hidden + inner)
+        )
         return Shape(linears, other, 0, hidden)
     if kind == "gpt_neox":
         hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-        linears = _linears(layers, query_key_value=(hidden, 3 * hidden), dense=(hidden, hidden),
-                           dense_h_to_4h=(hidden, inner), dense_4h_to_h=(inner, hidden))
+        linears = _linears(
+            layers,
+            query_key_value=(hidden, 3 * hidden),
+            dense=(hidden, hidden),
+            dense_h_to_4h=(hidden, inner),
+            dense_4h_to_h=(inner, hidden),
+        )
         other = 2 * vocabulary * hidden + layers * (4 * hidden + 3 * hidden + 2 * hidden + inner) + 2 * hidden
         return Shape(linears, other, vocabulary * hidden, hidden)
-    raise UserError(where, f"model_type {kind!r}", expected="llama, qwen2, qwen3, mistral, opt, gpt2 or gpt_neox",
-                    fix="the stage itself runs with other models; only the estimate does not know them")
+    raise UserError(
+        where,
+        f"model_type {kind!r}",
+        expected="llama, qwen2, qwen3, mistral, opt, gpt2 or gpt_neox",
+        fix="the stage itself runs with other models; only the estimate does not know them",
+    )
 
 
 def _linears(count: int, **sizes: tuple[int, int]) -> list[Linear]:
@@ -141,8 +176,12 @@ def read(model: str, where: str, configs: Path | None) -> dict[str, Any]:
         try:
             folder = Path(hf_hub_download(model, "config.json")).parent
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
-            raise UserError(where, f"no config.json of {model} here or on the hub",
-                            expected="a model folder or a hub id", fix="check base.model, or give --configs") from None
+            raise UserError(
+                where,
+                f"no config.json of {model} here or on the hub",
+                expected="a model folder or a hub id",
+                fix="check base.model, or give --configs",
+            ) from None
     return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
@@ -188,8 +227,11 @@ def zero(recipe: Recipe, stage: str) -> tuple[int, bool, bool]:
     path = SHIPPED / f"{name}.json"
     path = path if path.is_file() else Path(recipe.local(name))
     if not path.is_file():
-        raise UserError(where, f'no configuration "{name}"',
-                        expected="a JSON file or one of: " + ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json"))))
+        raise UserError(
+            where,
+            f'no configuration "{name}"',
+            expected="a JSON file or one of: " + ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json"))),
+        )
     try:
         settings = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
     except (ValueError, AttributeError) as error:
@@ -207,17 +249,28 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
     full = block.adapter.method == "full"
     adapter = None if full else block.adapter
     start = _start(block)
-    policy = Role(_below(recipe, stage, start), _model(recipe, start, block.base), block.base.quantization,
-                  speaks=not isinstance(block, Reward), adapter=adapter, trained=True)
+    policy = Role(
+        _below(recipe, stage, start),
+        _model(recipe, start, block.base),
+        block.base.quantization,
+        speaks=not isinstance(block, Reward),
+        adapter=adapter,
+        trained=True,
+    )
     if not isinstance(block, Ppo):
         return [policy]
     continued = start != BASE and _continues(block.adapter, recipe.stages[start].adapter)
     reference = replace(policy, adapter=adapter if continued else None, trained=False)
     reward = _published(recipe, block.reward, block.base, speaks=False)
-    critic = {"reward": replace(reward, weights=_below(recipe, stage, block.reward),
-                                quantization=policy.quantization if full else reward.quantization),
-              "policy": policy,
-              "base": replace(policy, weights=block.base.model, model=block.base.model)}[block.critic.init]
+    critic = {
+        "reward": replace(
+            reward,
+            weights=_below(recipe, stage, block.reward),
+            quantization=policy.quantization if full else reward.quantization,
+        ),
+        "policy": policy,
+        "base": replace(policy, weights=block.base.model, model=block.base.model),
+    }[block.critic.init]
     return [policy, reference, replace(critic, speaks=False, adapter=adapter, trained=True), reward]
 
 
@@ -251,7 +304,10 @@ def _below(recipe: Recipe, stage: str, parent: str) -> str:
 def _continues(adapter: Adapter, parent: Adapter) -> bool:
     """Whether training goes on in a copy of the parent's adapter: LoRA of the same shape."""
     return adapter.method == parent.method == "lora" and (adapter.r, adapter.alpha, adapter.targets) == (
-        parent.r, parent.alpha, parent.targets)
+        parent.r,
+        parent.alpha,
+        parent.targets,
+    )
 
 
 def _start(block: Stage) -> str:

@@ -30,6 +30,9 @@ from pipeline.launch import PARENT, STOP_FILE
 from pipeline.lock import run_lock
 from pipeline.tracking import Tracker
 
+RECORDS = ("metrics.jsonl", "samples.jsonl", "wandb_run_id")
+"""What a stage writes beside its checkpoints and must stay with them."""
+
 LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "datasets", "accelerate")
 
 
@@ -78,8 +81,16 @@ class Context:
         return None if name == BASE else self.batons[name]
 
     def tracker(self, total_steps: int, resume_step: int) -> Tracker:
-        return Tracker(self.dir, self.recipe.header.tracking, run=self.recipe.name, stage=self.stage,
-                       config=self.inputs["block"], total_steps=total_steps, resume_step=resume_step, enabled=self.is_main)
+        return Tracker(
+            self.dir,
+            self.recipe.header.tracking,
+            run=self.recipe.name,
+            stage=self.stage,
+            config=self.inputs["block"],
+            total_steps=total_steps,
+            resume_step=resume_step,
+            enabled=self.is_main,
+        )
 
     def stop_requested(self) -> bool:
         """Whether any rank was signalled or asked by file to stop. Collective: every rank must call it at the same step."""
@@ -96,8 +107,16 @@ class Context:
     def note(self, signum: int, frame: FrameType | None) -> None:
         self._signalled = True
 
-    def publish(self, write: Callable[[Path], None], *, base: dict[str, Any], method: str, metrics: dict[str, float],
-                split: Split, zero_stage: int) -> None:
+    def publish(
+        self,
+        write: Callable[[Path], None],
+        *,
+        base: dict[str, Any],
+        method: str,
+        metrics: dict[str, float],
+        split: Split,
+        zero_stage: int,
+    ) -> None:
         """Publish on rank 0 what `write` puts into a folder, with the manifest of section 4 of the design."""
         if not self.is_main:
             return
@@ -118,9 +137,16 @@ class Context:
             "metrics": {name: float(value) for name, value in sorted(metrics.items())},
         }
         baton = handoff.publish(self.dir, write, facts)
-        handoff.write_json(self.dir / "session.json", {
-            "host": socket.gethostname(), "python": platform.python_version(), "finished": round(time.time(), 3),
-            "seconds": round(time.time() - self.began, 1), "content_hash": baton.content_hash})
+        handoff.write_json(
+            self.dir / "session.json",
+            {
+                "host": socket.gethostname(),
+                "python": platform.python_version(),
+                "finished": round(time.time(), 3),
+                "seconds": round(time.time() - self.began, 1),
+                "content_hash": baton.content_hash,
+            },
+        )
 
 
 def _device() -> str:
@@ -136,7 +162,9 @@ def main(program: Callable[[Context], None]) -> None:
     parser.add_argument("--stage", required=True, help="the stage's name in the recipe")
     parser.add_argument("--run-dir", required=True, type=Path, help="folder of the whole run, such as runs/hh")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     die_with_parents()
@@ -174,17 +202,29 @@ def _launched_size(arguments: argparse.Namespace, world_size: int) -> list[str]:
     block = load(arguments.recipe, arguments.set).stages.get(arguments.stage)
     if block is None or block.deepspeed.ranks == world_size:
         return []
-    return [f"stages.{arguments.stage}.deepspeed.num_gpus={world_size}",
-            f"stages.{arguments.stage}.deepspeed.num_nodes=1"]
+    return [
+        f"stages.{arguments.stage}.deepspeed.num_gpus={world_size}",
+        f"stages.{arguments.stage}.deepspeed.num_nodes=1",
+    ]
 
 
-def execute(program: Callable[[Context], None], name: str, stage: str, run_dir: Path, overrides: list[str], rank: int,
-            world_size: int) -> None:
+def execute(
+    program: Callable[[Context], None],
+    name: str,
+    stage: str,
+    run_dir: Path,
+    overrides: list[str],
+    rank: int,
+    world_size: int,
+) -> None:
     """Run a stage program on this rank, with the run directory locked by rank 0."""
     recipe = load(name, overrides)
     if stage not in recipe.stages:
         raise UserError(f"--stage {stage}", "no such stage", expected="one of: " + ", ".join(recipe.stages))
     with run_lock(run_dir) if rank == 0 else nullcontext():
+        if rank == 0:
+            for name in recipe.stages:
+                handoff.recover(run_dir / name)
         record = json.loads(json.dumps(chain.inputs(recipe, stage, run_dir)))
         batons = {parent: handoff.open_baton(run_dir / parent) for parent in recipe.parents(stage)}
         first = next(iter(batons.values()), None)
@@ -206,10 +246,16 @@ def _claim_checkpoints(stage_dir: Path, key: str) -> None:
     found = owner.read_text(encoding="utf-8") if owner.exists() else None
     if found != key:
         if current.exists():
-            os.rename(current, stage_dir / f"checkpoints.{found or 'unknown'}-{int(time.time())}")
+            for record in RECORDS:
+                if (stage_dir / record).exists():
+                    os.rename(stage_dir / record, current / record)
+            os.rename(current, stage_dir / f"checkpoints.{found or 'unknown'}-{time.time_ns()}")
         aside = sorted(stage_dir.glob(f"checkpoints.{key}-*"))
         if aside:
             os.rename(aside[-1], current)
+            for record in RECORDS:
+                if (current / record).exists():
+                    os.rename(current / record, stage_dir / record)
     current.mkdir(parents=True, exist_ok=True)
     owner.write_text(key, encoding="utf-8")
 

@@ -27,7 +27,9 @@ def summary(recipe: Recipe, run_dir: Path, stages: list[str], console: Console) 
     console.print(table)
     for stage in stages:
         if recipe.stages[stage].kind == "evaluate":
-            _samples(run_dir / stage / handoff.OUTPUT / "samples.jsonl", getattr(recipe.stages[stage], "show", 3), console)
+            _samples(
+                run_dir / stage / handoff.OUTPUT / "samples.jsonl", getattr(recipe.stages[stage], "show", 3), console
+            )
     for stage in stages:
         console.print(f"{stage}: {run_dir / stage / handoff.OUTPUT}")
 
@@ -50,7 +52,9 @@ def _comparison(metrics: dict[str, float]) -> list[tuple[str, str]]:
 
 def _samples(path: Path, count: int, console: Console) -> None:
     table = Table("prompt", "reply before", "reply after", show_lines=True)
-    for line in path.read_text(encoding="utf-8").splitlines()[:count]:
+    for line in path.read_text(encoding="utf-8").split("\n")[:count]:
+        if not line:
+            continue
         row = json.loads(line)
         table.add_row(*(row[key].strip() for key in ("prompt", "before", "after")))
     console.print(table)

@@ -6,6 +6,7 @@ Only rank 0 writes; on other ranks every call is a no-op. W&B that cannot be rea
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -34,8 +35,18 @@ class Tracker:
     step are dropped first, so that the file reads as one undisturbed run.
     """
 
-    def __init__(self, stage_dir: Path, tracking: Tracking, *, run: str, stage: str, config: dict[str, Any],
-                 total_steps: int, resume_step: int, enabled: bool) -> None:
+    def __init__(
+        self,
+        stage_dir: Path,
+        tracking: Tracking,
+        *,
+        run: str,
+        stage: str,
+        config: dict[str, Any],
+        total_steps: int,
+        resume_step: int,
+        enabled: bool,
+    ) -> None:
         self.enabled, self.stage = enabled, stage
         self._sinks: list[Any] = []
         if not enabled:
@@ -46,7 +57,7 @@ class Tracker:
         if tracking.tensorboard:
             self._sinks.append(TensorBoardSink(stage_dir / "tensorboard", resume_step))
         if tracking.wandb is not None and tracking.wandb.mode != "disabled":
-            self._sinks.append(WandbSink(stage_dir, tracking.wandb, run, stage, config))
+            self._sinks.append(WandbSink(stage_dir, tracking.wandb, run, stage, config, resume_step))
         self.progress = ProgressLine(stage, total_steps, resume_step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -72,13 +83,15 @@ class Tracker:
     def _rewind(self, step: int) -> None:
         for path in (self._path, self._path.parent / "samples.jsonl"):
             if path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
+                path.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.enabled:
             self.progress.close()
             self._stream.close()
@@ -86,11 +99,11 @@ class Tracker:
                 sink.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a metrics line; a torn line counts as beyond every step."""
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
@@ -98,7 +111,7 @@ class TensorBoardSink:
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -115,18 +128,31 @@ class TensorBoardSink:
 class WandbSink:
     """One W&B run per stage: group = the recipe's name, job type = the stage. A failing W&B is reported once and left."""
 
-    def __init__(self, stage_dir: Path, settings: Any, run: str, stage: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, stage_dir: Path, settings: Any, run: str, stage: str, config: dict[str, Any], resume_step: int
+    ) -> None:
         self._broken = False
         id_file = stage_dir / "wandb_run_id"
         try:
             import wandb
 
-            run_id = id_file.read_text(encoding="utf-8") if id_file.exists() else wandb.util.generate_id()
+            again = resume_step > 0 and id_file.exists()
+            run_id = id_file.read_text(encoding="utf-8") if again else secrets.token_hex(4)
             id_file.write_text(run_id, encoding="utf-8")
             self._wandb = wandb
-            self._run = wandb.init(project=settings.project, entity=settings.entity, mode=settings.mode, group=run,
-                                   job_type=stage, name=f"{run}/{stage}", id=run_id, resume="allow", config=config,
-                                   dir=str(stage_dir), settings=wandb.Settings(silent=True, init_timeout=30))
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                mode=settings.mode,
+                group=run,
+                job_type=stage,
+                name=f"{run}/{stage}",
+                id=run_id,
+                resume="allow",
+                config=config,
+                dir=str(stage_dir),
+                settings=wandb.Settings(silent=True, init_timeout=30),
+            )
         except Exception as error:
             self._fail(error)
 
@@ -150,8 +176,11 @@ class WandbSink:
 
     def _fail(self, error: Exception) -> None:
         self._broken = True
-        print(f"W&B is left out from here on: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-              file=sys.stderr, flush=True)
+        print(
+            f"W&B is left out from here on: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class ProgressLine:
@@ -161,15 +190,23 @@ class ProgressLine:
         self._stage, self._total, self._last, self._began, self._start = stage, total, 0.0, time.monotonic(), start
         self._bar: Progress | None = None
         if sys.stdout.isatty():
-            self._bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                 TextColumn("{task.fields[shown]}"), TimeRemainingColumn(), console=Console())
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(),
+                console=Console(),
+            )
             self._bar.start()
             self._task = self._bar.add_task(stage, total=total, completed=start, shown="")
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         shown = "  ".join(f"{name} {metrics[key]:.4g}" for key, name in SHOWN.items() if key in metrics)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, **({"shown": shown} if shown else {}))
+            self._bar.update(self._task, completed=step)
+            if shown:
+                self._bar.update(self._task, shown=shown)
         elif shown and (time.monotonic() - self._last > 5.0 or step >= self._total):
             self._last = time.monotonic()
             rate = (self._last - self._began) / max(step - self._start, 1)

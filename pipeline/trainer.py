@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from pipeline import checkpoint, engine
 from pipeline.config.recipe import split as split_batch
@@ -25,17 +32,27 @@ HIDDEN = ("runtime", "per_second", "total_flos", "epoch")
 def total_steps(context: Context, block: Supervised, rows: int) -> int:
     """Optimizer steps of the stage: `steps`, else whole batches in `epochs` passes over the rows."""
     if rows < block.batch:
-        raise UserError(context.recipe.where("stages", context.stage, "batch"), f"a batch of {block.batch} with {rows} rows",
-                        expected="at least one whole batch", fix="lower `batch`, or add data")
+        raise UserError(
+            context.recipe.where("stages", context.stage, "batch"),
+            f"a batch of {block.batch} with {rows} rows",
+            expected="at least one whole batch",
+            fix="lower `batch`, or add data",
+        )
     return block.steps or max(1, math.floor(block.epochs * rows / block.batch))
 
 
 def arguments(context: Context, block: Supervised, steps: int) -> dict[str, Any]:
     """Keyword arguments that SFTConfig and RewardConfig share."""
-    micro, accumulation = split_batch(context.recipe.where("stages", context.stage, "batch"), block.batch,
-                                      context.world_size, block.micro_batch)
-    config = engine.overlay(engine.read_config(context.recipe, context.stage), dtype=block.base.dtype, micro_batch=micro,
-                            accumulation=accumulation, max_grad_norm=block.max_grad_norm)
+    micro, accumulation = split_batch(
+        context.recipe.where("stages", context.stage, "batch"), block.batch, context.world_size, block.micro_batch
+    )
+    config = engine.overlay(
+        engine.read_config(context.recipe, context.stage),
+        dtype=block.base.dtype,
+        micro_batch=micro,
+        accumulation=accumulation,
+        max_grad_norm=block.max_grad_norm,
+    )
     every = block.save_every or block.eval_every or max(1, steps // 5)
     best = block.publish == "best"
     return {
@@ -99,9 +116,12 @@ class Bridge(TrainerCallback):
         if self.context.stop_requested() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any],
-               **_: Any) -> None:
-        metrics = {k: float(v) for k, v in logs.items() if isinstance(v, int | float) and not any(h in k for h in HIDDEN)}
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        metrics = {
+            k: float(v) for k, v in logs.items() if isinstance(v, int | float) and not any(h in k for h in HIDDEN)
+        }
         metrics.pop("train_loss", None)
         if "num_tokens" in metrics and "loss" in metrics:
             seen, now = self._tokens
@@ -115,6 +135,8 @@ class Bridge(TrainerCallback):
         dist.barrier()
         if self.context.is_main:
             best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-            checkpoint.complete(self.context.checkpoints / f"checkpoint-{state.global_step}", {"step": state.global_step})
+            checkpoint.complete(
+                self.context.checkpoints / f"checkpoint-{state.global_step}", {"step": state.global_step}
+            )
             checkpoint.rotate(self.context.checkpoints, self.keep, best)
         dist.barrier()

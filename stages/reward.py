@@ -37,17 +37,23 @@ def reward(context: Context) -> None:
     held_out = encode.preferences(encoder, split.held_out, block.max_length, counts)
 
     steps = trainer.total_steps(context, block, len(rows))
-    arguments = RewardConfig(max_length=None, center_rewards_coefficient=block.center,
-                             **trainer.arguments(context, block, steps))
+    arguments = RewardConfig(
+        max_length=None, center_rewards_coefficient=block.center, **trainer.arguments(context, block, steps)
+    )
     zero = engine.zero_stage(arguments.deepspeed)
     model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3)
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
 
     with context.tracker(steps, checkpoint.step_of(resume) if resume else 0) as tracker:
-        training = RewardTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows),
-                                 eval_dataset=Dataset.from_list(held_out[: block.eval_rows]) if held_out else None,
-                                 processing_class=tok, callbacks=trainer.callbacks(context, block, tracker))
+        training = RewardTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(held_out[: block.eval_rows]) if held_out else None,
+            processing_class=tok,
+            callbacks=trainer.callbacks(context, block, tracker),
+        )
         trainer.train(context, training, resume)
         metrics = held_out_metrics(training.model, held_out, tok.pad_token_id, arguments.per_device_eval_batch_size)
         tracker.log(steps, metrics)
@@ -87,8 +93,12 @@ def held_out_metrics(model: Any, rows: list[dict[str, Any]], pad: int, batch: in
     accuracy = sum(preferred(*by_row[i]) for i in by_row) / len(rows)
     longer = sum(preferred(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows) / len(rows)
     flat = [s for pair in by_row.values() for s in pair]
-    return {"held_out/accuracy": accuracy, "held_out/longer_reply_accuracy": longer, "held_out/pairs": float(len(rows)),
-            "held_out/mean_score": sum(flat) / len(flat)}
+    return {
+        "held_out/accuracy": accuracy,
+        "held_out/longer_reply_accuracy": longer,
+        "held_out/pairs": float(len(rows)),
+        "held_out/mean_score": sum(flat) / len(flat),
+    }
 
 
 if __name__ == "__main__":

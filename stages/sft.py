@@ -32,7 +32,9 @@ def sft(context: Context) -> None:
     encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
     counts = split.counts[block.data[0].path]
     rows = encode.demonstrations(encoder, split.train, block.max_length, block.loss_on, counts)
-    held_out = encode.demonstrations(encoder, split.held_out, block.max_length, block.loss_on, counts)[: block.eval_rows]
+    held_out = encode.demonstrations(encoder, split.held_out, block.max_length, block.loss_on, counts)[
+        : block.eval_rows
+    ]
 
     steps = trainer.total_steps(context, block, len(rows))
     arguments = SFTConfig(max_length=None, **trainer.arguments(context, block, steps))
@@ -42,9 +44,14 @@ def sft(context: Context) -> None:
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
 
     with context.tracker(steps, checkpoint.step_of(resume) if resume else 0) as tracker:
-        training = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows),
-                              eval_dataset=Dataset.from_list(held_out) if held_out else None, processing_class=tok,
-                              callbacks=trainer.callbacks(context, block, tracker))
+        training = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(held_out) if held_out else None,
+            processing_class=tok,
+            callbacks=trainer.callbacks(context, block, tracker),
+        )
         trainer.train(context, training, resume)
         metrics = {}
         if held_out:

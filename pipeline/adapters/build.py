@@ -25,23 +25,34 @@ def targets(model: Any, wanted: str | list[str]) -> list[str]:
     """Names of the linear layers to adapt, sorted; `all-linear` is all of them but the output heads."""
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     inside = tuple(f"{name}." for name in adapted)
-    plain = {name for name, module in model.named_modules()
-             if isinstance(module, torch.nn.Linear | Conv1D) and not name.startswith(inside)}
+    plain = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and not name.startswith(inside)
+    }
     linear = {name.rpartition(".")[2] for name in plain | adapted.keys()} - set(HEADS)
     if wanted == "all-linear":
         return sorted(linear)
     unknown = sorted(set(wanted) - linear)
     if unknown:
-        raise UserError("adapter.targets", f"this model has no linear layer {', '.join(unknown)}",
-                        expected="some of: " + ", ".join(sorted(linear)))
+        raise UserError(
+            "adapter.targets",
+            f"this model has no linear layer {', '.join(unknown)}",
+            expected="some of: " + ", ".join(sorted(linear)),
+        )
     return sorted(wanted)
 
 
 def lora_config(adapter: Adapter, model: Any, task: str) -> LoraConfig:
     """LoRA for `model`; `task` is CAUSAL_LM or SEQ_CLS, and the latter keeps the score head with the adapter."""
-    return LoraConfig(r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, task_type=task,
-                      target_modules=targets(model, adapter.targets),
-                      modules_to_save=["score"] if task == "SEQ_CLS" else None)
+    return LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        task_type=task,
+        target_modules=targets(model, adapter.targets),
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
 
 
 def attach(model: Any, adapter: Adapter, task: str, name: str = "default") -> Any:
@@ -61,9 +72,15 @@ def same_method(adapter: Adapter, folder: Path) -> bool:
     """Whether the adapter in `folder` has the method and shape the recipe asks for, so that training can continue it."""
     found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     wanted = found["target_modules"] if adapter.targets == "all-linear" else sorted(adapter.targets)
-    return bool(adapter.method == "lora" and found["peft_type"] == "LORA" and found["r"] == adapter.r
-                and found["lora_alpha"] == adapter.alpha and not found.get("use_dora") and not found.get("use_rslora")
-                and sorted(found["target_modules"]) == wanted)
+    return bool(
+        adapter.method == "lora"
+        and found["peft_type"] == "LORA"
+        and found["r"] == adapter.r
+        and found["lora_alpha"] == adapter.alpha
+        and not found.get("use_dora")
+        and not found.get("use_rslora")
+        and sorted(found["target_modules"]) == wanted
+    )
 
 
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -77,7 +94,11 @@ def read_head(folder: Path) -> dict[str, torch.Tensor]:
     """The score head of a published full classifier, from whichever shard holds it."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            found = {name.removeprefix("score."): weights.get_tensor(name) for name in weights.keys() if name.startswith("score.")}  # noqa: SIM118
+            found = {
+                name.removeprefix("score."): weights.get_tensor(name)
+                for name in weights.keys()  # noqa: SIM118
+                if name.startswith("score.")
+            }
         if found:
             return found
     raise UserError(str(folder), "no score head in its weights", expected="a reward model with `score.weight`")
@@ -88,8 +109,11 @@ def put(model: PeftModel, name: str, weights: dict[str, torch.Tensor]) -> None:
     result = set_peft_model_state_dict(model, weights, adapter_name=name)
     missing = [k for k in result.missing_keys if f".{name}." in k and "lora_" in k]
     if result.unexpected_keys or missing:
-        raise UserError(f"adapter {name}", f"its weights do not fit the base: {(result.unexpected_keys or missing)[0]}",
-                        expected="an adapter trained on this base")
+        raise UserError(
+            f"adapter {name}",
+            f"its weights do not fit the base: {(result.unexpected_keys or missing)[0]}",
+            expected="an adapter trained on this base",
+        )
 
 
 def put_head(model: PeftModel, name: str, head: dict[str, torch.Tensor]) -> None:

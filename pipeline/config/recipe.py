@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import glob
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from pipeline.config.schema import Header, Ppo, Source, Stage, Supervised
 from pipeline.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
+DS_CONFIGS = SHIPPED.parent.parent / "ds_configs"
 INHERITED = ("base", "adapter", "deepspeed")
 BASE = "base"
 
@@ -52,8 +54,11 @@ class Recipe:
         def visit(stage: str, trail: tuple[str, ...]) -> None:
             if stage in trail:
                 cycle = " -> ".join([*trail[trail.index(stage) :], stage])
-                raise UserError(self.where("stages", stage), f"the stages wait for each other: {cycle}",
-                                fix="let one of them start from `base`")
+                raise UserError(
+                    self.where("stages", stage),
+                    f"the stages wait for each other: {cycle}",
+                    fix="let one of them start from `base`",
+                )
             for parent in self.parents(stage):
                 visit(parent, (*trail, stage))
             done.setdefault(stage)
@@ -66,7 +71,7 @@ class Recipe:
         """`path` as the recipe means it: relative to the recipe file when such a file or folder is there, else unchanged."""
         expanded = os.path.expanduser(os.path.expandvars(path))
         beside = self.path.parent / expanded
-        if os.path.isabs(expanded) or not (beside.exists() or any(self.path.parent.glob(expanded))):
+        if os.path.isabs(expanded) or not (beside.exists() or glob.glob(str(beside), recursive=True)):
             return expanded
         return str(beside.resolve())
 
@@ -79,7 +84,7 @@ class Recipe:
             for other in sources(block):
                 if other.path != source.path or other.share is None:
                     continue
-                if name == stage:
+                if name == stage and other is source:
                     return start, min(1.0, start + other.share)
                 start += other.share
         raise AssertionError(f"{stage} does not list {source.path}")
@@ -110,14 +115,16 @@ def digest(value: Any) -> str:
 def find(name: str) -> Path:
     """A recipe file by path, or a shipped recipe by name."""
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         if path.is_file():
             return path.resolve()
         raise UserError(f"recipe {name}", "no such file", fix="check the path, or name a shipped recipe: " + shipped())
     candidate = SHIPPED / f"{name}.yaml"
     if candidate.is_file():
         return candidate
-    raise UserError(f"recipe {name}", "no such file and no shipped recipe of that name", expected=f"one of: {shipped()}")
+    raise UserError(
+        f"recipe {name}", "no such file and no shipped recipe of that name", expected=f"one of: {shipped()}"
+    )
 
 
 def shipped() -> str:
@@ -136,8 +143,12 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
         _override(raw, override)
     stages_raw = raw.pop("stages", None)
     if not isinstance(stages_raw, dict) or not stages_raw:
-        raise UserError(f"recipe {path.name}: stages", "no stages", expected="a mapping of stage name to block",
-                        fix="add at least one stage, such as `sft: {kind: sft, data: [...], lr: 1.0e-4}`")
+        raise UserError(
+            f"recipe {path.name}: stages",
+            "no stages",
+            expected="a mapping of stage name to block",
+            fix="add at least one stage, such as `sft: {kind: sft, data: [...], lr: 1.0e-4}`",
+        )
     header = _validate(Header, raw, f"recipe {path.name}", "")
     recipe = Recipe(path, header, {})
     for stage, block in stages_raw.items():
@@ -153,7 +164,9 @@ def _parse(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise UserError(f"recipe {path.name}", f"not valid YAML: {reason}", fix="mend that line") from None
     if not isinstance(raw, dict):
-        raise UserError(f"recipe {path.name}", f"found {type(raw).__name__}", expected="a mapping with name, base, stages")
+        raise UserError(
+            f"recipe {path.name}", f"found {type(raw).__name__}", expected="a mapping with name, base, stages"
+        )
     return raw
 
 
@@ -169,7 +182,14 @@ def _override(raw: dict[str, Any], text: str) -> None:
         node = node[part] if isinstance(node, dict) else None
         if not isinstance(node, dict):
             raise UserError(f"--set {key}", f"{part} is not a block", expected="the dotted path of a key in the recipe")
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"--set {key}",
+            f"{value!r} is not valid YAML: {' '.join(str(error).split())}",
+            expected="a value as it would stand in the recipe",
+        ) from None
 
 
 def _stage(recipe: Recipe, raw: dict[str, Any], stage: str, block: Any) -> Stage:
@@ -179,17 +199,30 @@ def _stage(recipe: Recipe, raw: dict[str, Any], stage: str, block: Any) -> Stage
     if not isinstance(block, dict):
         raise UserError(where, f"found {type(block).__name__}", expected="a block with `kind:`")
     kind = block.get("kind")
-    if kind not in KINDS:
-        raise UserError(f"{where}.kind", f"found {kind!r}", expected="one of: " + ", ".join(KINDS),
-                        fix=_closest(str(kind), KINDS) or f"write `kind: {next(iter(KINDS))}`")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(
+            f"{where}.kind",
+            f"found {kind!r}",
+            expected="one of: " + ", ".join(KINDS),
+            fix=_closest(str(kind), KINDS) or f"write `kind: {next(iter(KINDS))}`",
+        )
     merged = copy.deepcopy(block)
     for key in INHERITED:
         own = merged.get(key) or {}
         if not isinstance(own, dict):
-            raise UserError(f"{where}.{key}", f"found {own!r}", expected=f"a block, as `{key}:` at the top of the recipe")
+            raise UserError(
+                f"{where}.{key}", f"found {own!r}", expected=f"a block, as `{key}:` at the top of the recipe"
+            )
         merged[key] = {**(raw.get(key) or {}), **own}
     merged.setdefault("seed", recipe.header.seed)
-    merged.setdefault("holdout", recipe.header.data.holdout)
+    if "holdout" in block:  # one held-out part for all stages, else one would train on what another holds out
+        raise UserError(
+            f"{where}.holdout",
+            "a stage cannot hold out prompts of its own",
+            expected="`data.holdout`",
+            fix="remove it here and set `data: {holdout: …}` at the top of the recipe",
+        )
+    merged["holdout"] = recipe.header.data.holdout
     return _validate(KINDS[kind].schema, merged, where, ".")
 
 
@@ -197,16 +230,21 @@ def _validate(schema: type[Any], value: Any, where: str, joint: str) -> Any:
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt required key is also a missing one; the misspelling is what helps.
+        first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
         keys = [str(part) for part in first["loc"]]
         place = f"{where}{joint or ': '}{'.'.join(keys)}" if keys else where
         if first["type"] == "extra_forbidden":
             known = _fields(schema, keys[:-1])
-            raise UserError(place, "unknown key", expected="one of: " + ", ".join(known),
-                            fix=_closest(keys[-1], known) or "remove it") from None
+            raise UserError(
+                place,
+                "unknown key",
+                expected="one of: " + ", ".join(known),
+                fix=_closest(keys[-1], known) or "remove it",
+            ) from None
         if first["type"] == "missing":
             raise UserError(place, "missing", expected=f"a value for `{keys[-1]}`", fix=f"add `{keys[-1]}:`") from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         found = first["input"] if keys else "this block"
         raise UserError(place, f"found {found!r}" if keys else message, expected=message if keys else "") from None
 
@@ -231,17 +269,25 @@ def _check(recipe: Recipe) -> None:
     for stage, block in recipe.stages.items():
         _check_upstream(recipe, stage, block)
         _check_batches(recipe, stage, block)
+        _check_deepspeed(recipe, stage, block)
         if block.base.quantization and block.adapter.method == "full" and block.kind != "evaluate":
-            raise UserError(recipe.where("stages", stage, "adapter", "method"),
-                            "full fine-tuning of a 4-bit base", expected="full-precision weights to train",
-                            fix="write `method: lora` (QLoRA), or `quantization: null`")
+            raise UserError(
+                recipe.where("stages", stage, "adapter", "method"),
+                "full fine-tuning of a 4-bit base",
+                expected="full-precision weights to train",
+                fix="write `method: lora` (QLoRA), or `quantization: null`",
+            )
     totals: dict[str, float] = {}
     for stage, block in recipe.stages.items():
         for source in sources(block):
             totals[source.path] = totals.get(source.path, 0.0) + (source.share or 0.0)
             if totals[source.path] > 1.0 + 1e-9:
-                raise UserError(recipe.where("stages", stage), f"the shares of {source.path} add up to {totals[source.path]:g}",
-                                expected="at most 1 over all stages", fix="lower a share")
+                raise UserError(
+                    recipe.where("stages", stage),
+                    f"the shares of {source.path} add up to {totals[source.path]:g}",
+                    expected="at most 1 over all stages",
+                    fix="lower a share",
+                )
     recipe.order()
 
 
@@ -251,16 +297,37 @@ def _check_upstream(recipe: Recipe, stage: str, block: Stage) -> None:
         if name == BASE and key in kind.base_ok:
             continue
         fitting = [s for s, b in recipe.stages.items() if b.kind in kind.inputs[key] and s != stage]
-        expected = "one of: " + ", ".join(fitting + ([BASE] if key in kind.base_ok else [])) if fitting else (
-            f"an upstream stage of kind {' or '.join(sorted(kind.inputs[key]))}")
+        expected = (
+            "one of: " + ", ".join(fitting + ([BASE] if key in kind.base_ok else []))
+            if fitting
+            else (f"an upstream stage of kind {' or '.join(sorted(kind.inputs[key]))}")
+        )
         if name not in recipe.stages:
             match = difflib.get_close_matches(name, fitting, n=1) or fitting[:1]
             hint = f"write `{key}: {match[0]}`, or " if match else ""
-            raise UserError(recipe.where("stages", stage, key), f'no stage named "{name}"', expected=expected,
-                            fix=f'{hint}add a stage called "{name}"')
+            raise UserError(
+                recipe.where("stages", stage, key),
+                f'no stage named "{name}"',
+                expected=expected,
+                fix=f'{hint}add a stage called "{name}"',
+            )
         if recipe.stages[name].kind not in kind.inputs[key]:
-            raise UserError(recipe.where("stages", stage, key), f'stage "{name}" is of kind {recipe.stages[name].kind}',
-                            expected=expected)
+            raise UserError(
+                recipe.where("stages", stage, key),
+                f'stage "{name}" is of kind {recipe.stages[name].kind}',
+                expected=expected,
+            )
+
+
+def _check_deepspeed(recipe: Recipe, stage: str, block: Stage) -> None:
+    name, shipped_names = block.deepspeed.config, sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
+    if name not in shipped_names and not Path(recipe.local(name)).is_file():
+        raise UserError(
+            recipe.where("stages", stage, "deepspeed", "config"),
+            f'no configuration "{name}"',
+            expected="a JSON file or one of: " + ", ".join(shipped_names),
+            fix=_closest(name, shipped_names) or "give the path of a DeepSpeed JSON file",
+        )
 
 
 def _check_batches(recipe: Recipe, stage: str, block: Stage) -> None:
@@ -270,8 +337,11 @@ def _check_batches(recipe: Recipe, stage: str, block: Stage) -> None:
     if isinstance(block, Ppo):
         where = recipe.where("stages", stage, "rollout_batch")
         if block.rollout_batch % block.minibatches:
-            raise UserError(where, f"{block.rollout_batch} prompts do not divide into {block.minibatches} minibatches",
-                            fix=f"write a multiple of {block.minibatches}")
+            raise UserError(
+                where,
+                f"{block.rollout_batch} prompts do not divide into {block.minibatches} minibatches",
+                fix=f"write a multiple of {block.minibatches}",
+            )
         split(where, block.rollout_batch // block.minibatches, ranks, block.micro_batch)
 
 
@@ -281,10 +351,15 @@ def split(where: str, batch: int, ranks: int, micro: int | None) -> tuple[int, i
     Without a wish the micro-batch is the largest divisor of the rank's share that is at most 16.
     """
     if batch % ranks:
-        raise UserError(where, f"{batch} sequences do not divide over {ranks} ranks", fix=f"write a multiple of {ranks}")
+        raise UserError(
+            where, f"{batch} sequences do not divide over {ranks} ranks", fix=f"write a multiple of {ranks}"
+        )
     share = batch // ranks
     size = micro or max(n for n in range(1, min(share, 16) + 1) if share % n == 0)
     if share % size:
-        raise UserError(where, f"{share} sequences per rank do not divide into micro-batches of {size}",
-                        fix=f"write `micro_batch: {max(n for n in range(1, min(share, size) + 1) if share % n == 0)}`")
+        raise UserError(
+            f"{where.rpartition('.')[0]}.micro_batch",
+            f"{share} sequences per rank do not divide into micro-batches of {size}",
+            fix=f"write `micro_batch: {max(n for n in range(1, min(share, size) + 1) if share % n == 0)}`",
+        )
     return size, share // size

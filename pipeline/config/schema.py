@@ -17,7 +17,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 
 
 class Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Base(Block):
@@ -124,7 +124,9 @@ class Training(Schedule):
     @model_validator(mode="after")
     def _evaluation_is_on_where_needed(self) -> Training:
         if self.eval_every is None and (self.publish == "best" or self.early_stopping):
-            raise ValueError("publish: best and early_stopping compare evaluations; set eval_every to a number of steps")
+            raise ValueError(
+                "publish: best and early_stopping compare evaluations; set eval_every to a number of steps"
+            )
         return self
 
 

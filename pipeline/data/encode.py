@@ -25,8 +25,12 @@ class Encoder:
                 return [self.tokenizer.bos_token_id]
             return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
         if self.tokenizer.chat_template is None:
-            raise UserError("tokenizer", "the data holds messages and the tokenizer has no chat template",
-                            expected="a chat template, or prompts as plain text", fix="use the chat model's tokenizer")
+            raise UserError(
+                "tokenizer",
+                "the data holds messages and the tokenizer has no chat template",
+                expected="a chat template, or prompts as plain text",
+                fix="use the chat model's tokenizer",
+            )
         ids = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=False)
         return list(ids)
 
@@ -38,8 +42,9 @@ class Encoder:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def demonstrations(encoder: Encoder, examples: list[Example], max_length: int, loss_on: str,
-                   counts: Counter[str]) -> list[dict[str, list[int]]]:
+def demonstrations(
+    encoder: Encoder, examples: list[Example], max_length: int, loss_on: str, counts: Counter[str]
+) -> list[dict[str, list[int]]]:
     """Rows for next-token training: `input_ids` and `labels` (-100 where no loss is taken). Over-long rows are counted."""
     rows = []
     for example in examples:
@@ -52,7 +57,9 @@ def demonstrations(encoder: Encoder, examples: list[Example], max_length: int, l
     return rows
 
 
-def preferences(encoder: Encoder, examples: list[Example], max_length: int, counts: Counter[str]) -> list[dict[str, Any]]:
+def preferences(
+    encoder: Encoder, examples: list[Example], max_length: int, counts: Counter[str]
+) -> list[dict[str, Any]]:
     """Rows for the pairwise loss: `chosen_ids`, `rejected_ids` and, if every example has one, `margin`."""
     rows: list[dict[str, Any]] = []
     margins = bool(examples) and all(example.margin is not None for example in examples)

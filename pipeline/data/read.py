@@ -7,6 +7,8 @@ import glob
 import gzip
 import hashlib
 import json
+import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 
+csv.field_size_limit(sys.maxsize)  # the module's default is 128 KiB, less than a long document
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 
 
@@ -35,7 +38,11 @@ def files(path: str) -> list[Path]:
     place = Path(path)
     if place.is_file():
         return [place]
-    found = [p for p in place.rglob("*") if p.is_file()] if place.is_dir() else [Path(p) for p in glob.glob(path)]
+    found = (
+        [p for p in place.rglob("*") if p.is_file()]
+        if place.is_dir()
+        else [Path(p) for p in glob.glob(path, recursive=True)]
+    )
     return sorted(p for p in found if p.name.endswith(SUFFIXES))
 
 
@@ -72,30 +79,51 @@ def rows(path: str) -> Iterator[Row]:
     if found:
         for file in found:
             yield from _file_rows(file)
-    elif path.count("/") == 1 and not path.startswith((".", "/")) and not Path(path).suffix:
+    elif path.count("/") == 1 and not path.startswith((".", "/")) and not path.endswith(SUFFIXES) and "*" not in path:
         yield from _hub_rows(path)
     else:
-        raise UserError(f"data {path}", "no such file, folder or glob", expected="a readable file ending in "
-                        + ", ".join(SUFFIXES), fix="check the path; it is relative to the recipe file")
+        raise UserError(
+            f"data {path}",
+            "no such file, folder or glob",
+            expected="a readable file ending in " + ", ".join(SUFFIXES),
+            fix="check the path; it is relative to the recipe file",
+        )
 
 
 def _file_rows(file: Path) -> Iterator[Row]:
     name = str(file)
     try:
         if name.endswith(".csv"):
-            with file.open(encoding="utf-8", newline="") as stream:
+            with file.open(encoding="utf-8-sig", newline="") as stream:  # Excel writes a byte-order mark
                 for number, fields in enumerate(csv.DictReader(stream), 1):
+                    if None in fields:
+                        raise UserError(
+                            f"data {name}, row {number}",
+                            f"{len(fields[None])} more cells than columns",
+                            expected="one cell per column",
+                            fix="quote cells that hold commas",
+                        )
                     yield Row(dict(fields), name, number)
         elif name.endswith(".parquet"):
-            import pyarrow.parquet as parquet
-
-            for number, fields in enumerate(parquet.read_table(file).to_pylist(), 1):
+            for number, fields in enumerate(_parquet(file), 1):
                 yield Row(fields, name, number)
         else:
-            with gzip.open(file, "rt", encoding="utf-8") if name.endswith(".gz") else file.open(encoding="utf-8") as text:
+            with (
+                gzip.open(file, "rt", encoding="utf-8") if name.endswith(".gz") else file.open(encoding="utf-8") as text
+            ):
                 yield from _json_rows(text.read(), name)
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"data {name}", f"cannot be read: {error}", fix="replace or re-download the file") from None
+
+
+def _parquet(file: Path) -> list[dict[str, Any]]:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    try:
+        return list(parquet.read_table(file).to_pylist())
+    except arrow.ArrowException as error:
+        raise OSError(str(error).splitlines()[0]) from None
 
 
 def _json_rows(text: str, name: str) -> Iterator[Row]:
@@ -104,9 +132,10 @@ def _json_rows(text: str, name: str) -> Iterator[Row]:
             elements = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(f"data {name}, line {error.lineno}", f"not valid JSON: {error.msg}") from None
-        numbered = enumerate(elements, 1)
+        numbered: Iterator[tuple[int, Any]] = enumerate(elements, 1)
     else:
-        numbered = ((n, _line(line, name, n)) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+        # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+        numbered = ((n, _line(line, name, n)) for n, line in enumerate(text.split("\n"), 1) if line.strip())
     for number, fields in numbered:
         if not isinstance(fields, dict):
             raise UserError(f"data {name}, row {number}", f"found {type(fields).__name__}", expected="a JSON object")
@@ -117,7 +146,9 @@ def _line(line: str, name: str, number: int) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"data {name}, row {number}", f"not valid JSON: {error.msg}", fix="mend or remove the row") from None
+        raise UserError(
+            f"data {name}, row {number}", f"not valid JSON: {error.msg}", fix="mend or remove the row"
+        ) from None
 
 
 def _hub_rows(path: str) -> Iterator[Row]:
@@ -127,7 +158,10 @@ def _hub_rows(path: str) -> Iterator[Row]:
         dataset = load_dataset(path, split="train")
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data {path}", f"no such local file, and the hub did not give it: {reason}",
-                        fix="check the spelling and the network, or give a local file") from None
+        raise UserError(
+            f"data {path}",
+            f"no such local file, and the hub did not give it: {reason}",
+            fix="check the spelling and the network, or give a local file",
+        ) from None
     for number, fields in enumerate(dataset, 1):
         yield Row(fields, path, number)

@@ -39,6 +39,8 @@ def demonstration(row: Row, take: str) -> Example:
     prompt, completion = _prompt(row), _field(row, "completion", "output")
     if "messages" in row.fields:
         *history, last = _messages(row, "messages")
+        if last["role"] != "assistant":
+            raise Skip("the last message is not the assistant's")
         prompt, completion = history, last["content"]
     elif "text" in row.fields and prompt is None:
         prompt, completion = "", row.fields["text"]
@@ -62,8 +64,7 @@ def preference(row: Row) -> Example:
         raise Skip("chosen equals rejected")
     if not chosen.strip() or not rejected.strip():
         raise Skip("empty reply")
-    margin = row.fields.get("margin")
-    return Example(prompt, chosen, rejected, None if margin is None else float(margin))
+    return Example(prompt, chosen, rejected, _margin(row))
 
 
 def prompt_only(row: Row) -> Example:
@@ -72,7 +73,8 @@ def prompt_only(row: Row) -> Example:
     if prompt is None and {"chosen", "rejected"} <= row.fields.keys():
         prompt = _implied(row, row.fields["chosen"], row.fields["rejected"])[0]
     elif prompt is None and "messages" in row.fields:
-        prompt = _messages(row, "messages")[:-1]
+        messages = _messages(row, "messages")
+        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if prompt is None:
         raise _missing(row, "prompt, instruction, messages, or chosen and rejected")
     return Example(prompt)
@@ -102,14 +104,32 @@ def _reply(row: Row, value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[-1], dict) and "content" in value[-1]:
         return str(value[-1]["content"])
     if not isinstance(value, str):
-        raise UserError(f"data {row.where}", f"a reply is {type(value).__name__}", expected="text or a list of messages")
+        raise UserError(
+            f"data {row.where}", f"a reply is {type(value).__name__}", expected="text or a list of messages"
+        )
     return value
+
+
+def _margin(row: Row) -> float | None:
+    value = row.fields.get("margin")
+    if value is None or value == "":
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"data {row.where}", f"the margin is {value!r}", expected="a number") from None
 
 
 def _messages(row: Row, name: str) -> list[dict[str, str]]:
     value = row.fields[name]
-    if not (isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)):
-        raise UserError(f"data {row.where}", f"`{name}` is not a list of messages", expected="[{role: …, content: …}, …]")
+    if not (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    ):
+        raise UserError(
+            f"data {row.where}", f"`{name}` is not a list of messages", expected="[{role: …, content: …}, …]"
+        )
     return value
 
 
@@ -123,12 +143,16 @@ def _implied(row: Row, chosen: Any, rejected: Any) -> tuple[Text, Any, Any]:
         if head != other:
             raise Skip("chosen and rejected answer different prompts")
         return head + turn, better, worse
-    better, worse = _messages(row, "chosen"), _messages(row, "rejected")
-    if better[:-1] != worse[:-1]:
+    liked, disliked = _messages(row, "chosen"), _messages(row, "rejected")
+    if liked[:-1] != disliked[:-1]:
         raise Skip("chosen and rejected answer different prompts")
-    return better[:-1], better[-1]["content"], worse[-1]["content"]
+    return liked[:-1], liked[-1]["content"], disliked[-1]["content"]
 
 
 def _missing(row: Row, expected: str) -> UserError:
-    return UserError(f"data {row.where}", "fields found: " + (", ".join(sorted(row.fields)) or "none"),
-                     expected=expected, fix="add the missing field or remove the row")
+    return UserError(
+        f"data {row.where}",
+        "fields found: " + (", ".join(sorted(row.fields)) or "none"),
+        expected=expected,
+        fix="add the missing field or remove the row",
+    )

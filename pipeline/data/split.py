@@ -64,13 +64,18 @@ def load(recipe: Recipe, stage: str) -> Split:
                 counts["used"] += 1
                 split.train.append(example)
     if not split.train and block.kind != "evaluate":
-        raise UserError(recipe.where("stages", stage), f"no training row is left: {dict(split.counts)}",
-                        expected="at least one row", fix="raise the share or lower data.holdout")
+        raise UserError(
+            recipe.where("stages", stage),
+            f"no training row is left: {dict(split.counts)}",
+            expected="at least one row",
+            fix="raise the share or lower data.holdout",
+        )
     return split
 
 
 def fingerprints(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
     """Path as written and content hash of every source of `stage`."""
     return [
-        {"path": source.path, "sha256": fingerprint(recipe.local(source.path))} for source in sources(recipe.stages[stage])
+        {"path": source.path, "sha256": fingerprint(recipe.local(source.path))}
+        for source in sources(recipe.stages[stage])
     ]

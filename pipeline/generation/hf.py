@@ -26,7 +26,9 @@ class CounterSampling(LogitsProcessor):
         logprobs = torch.log_softmax(scores.float() / self.sampling.temperature, dim=-1)
         noisy = logprobs
         if self.keys is not None:
-            noisy = truncated(logprobs, self.sampling) + gumbel(at_position(self.keys, len(self.logprobs)), scores.shape[1])
+            noisy = truncated(logprobs, self.sampling) + gumbel(
+                at_position(self.keys, len(self.logprobs)), scores.shape[1]
+            )
         self.logprobs.append(logprobs.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(1))
         return noisy
 
@@ -46,18 +48,36 @@ def truncated(logprobs: Tensor, sampling: Sampling) -> Tensor:
 
 
 @torch.no_grad()
-def sample(model: Any, prompts: list[list[int]], keys: Tensor | None, sampling: Sampling, *, pad: int, eos: list[int],
-           synced: bool = False) -> Rollout:
+def sample(
+    model: Any,
+    prompts: list[list[int]],
+    keys: Tensor | None,
+    sampling: Sampling,
+    *,
+    pad: int,
+    eos: list[int],
+    synced: bool = False,
+) -> Rollout:
     """Sample one response per prompt. `synced` keeps ranks in step under ZeRO-3, where each forward is collective."""
     device = model.device
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     processor = CounterSampling(sampling, keys)
-    config = GenerationConfig(do_sample=False, max_new_tokens=sampling.max_response_length, pad_token_id=pad,
-                              eos_token_id=eos, use_cache=True)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced,
-                            logits_processor=LogitsProcessorList([processor]))
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=sampling.max_response_length, pad_token_id=pad, eos_token_id=eos, use_cache=True
+    )
+    own, model.generation_config = model.generation_config, config  # generate fills what is unset from the model's own
+    try:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            synced_gpus=synced,
+            logits_processor=LogitsProcessorList([processor]),
+        )
+    finally:
+        model.generation_config = own
     responses = output[:, width:]
     logprobs = torch.stack(processor.logprobs[: responses.shape[1]], dim=1)
     return pack(prompts, responses, logprobs, eos, pad)

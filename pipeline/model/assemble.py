@@ -74,8 +74,10 @@ def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: boo
     Roles share a trunk when their bases' content hashes and quantisation are equal; a trunk with a role that speaks is a
     causal language model, else a classifier without its head.
     """
-    hashes = {path: context.inputs["base"] if path == context.base else handoff.model_hash(path)
-              for path in {p.path for p in parts.values()}}
+    hashes = {
+        path: context.inputs["base"] if path == context.base else handoff.model_hash(path)
+        for path in {p.path for p in parts.values()}
+    }
     keys = {name: (hashes[p.path], p.base.quantization, name if p.own else "") for name, p in parts.items()}
     trunks: dict[str, Any] = {}
     heads: dict[str, nn.Linear] = {}

@@ -60,8 +60,12 @@ def model(context: Context, baton: Baton | None, tok: Any, kind: Kind, *, sharde
 
 def base_record(context: Context, path: str) -> dict[str, Any]:
     revision = context.block.base.revision if path == context.base else None
-    return {"model": path, "revision": revision, "content_hash": handoff.model_hash(path, revision),
-            "quantization": context.block.base.quantization}
+    return {
+        "model": path,
+        "revision": revision,
+        "content_hash": handoff.model_hash(path, revision),
+        "quantization": context.block.base.quantization,
+    }
 
 
 def writer(model: Any, tok: Any, base: dict[str, Any], adapter: str = "default") -> Callable[[Path], None]:

@@ -17,7 +17,26 @@ from pipeline.config.schema import Base
 from pipeline.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|fim_pad|>", "<|reserved_special_token_0|>", "<unk>")
+PAD_NAMES = (
+    "<pad>",
+    "<|pad|>",
+    "[PAD]",
+    "<|finetune_right_pad_id|>",
+    "<|fim_pad|>",
+    "<|reserved_special_token_0|>",
+    "<unk>",
+)
+DROPOUT = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "classifier_dropout",
+    "layerdrop",
+)
 ADDED_PAD = "<|relay_pad|>"
 
 
@@ -26,14 +45,24 @@ def tokenizer(model: str, revision: str | None = None) -> Any:
     try:
         loaded = AutoTokenizer.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"base {model}", f"no tokenizer: {str(error).splitlines()[0]}",
-                        expected="tokenizer.json beside the weights", fix="check base.model") from None
+        raise UserError(
+            f"base {model}",
+            f"no tokenizer: {str(error).splitlines()[0]}",
+            expected="tokenizer.json beside the weights",
+            fix="check base.model",
+        ) from None
     if loaded.eos_token_id is None:
-        raise UserError(f"tokenizer of {model}", "it has no EOS token", expected="an EOS token, which ends a reply",
-                        fix="set eos_token in tokenizer_config.json")
+        raise UserError(
+            f"tokenizer of {model}",
+            "it has no EOS token",
+            expected="an EOS token, which ends a reply",
+            fix="set eos_token in tokenizer_config.json",
+        )
     if loaded.pad_token_id is None or loaded.pad_token_id == loaded.eos_token_id:
         vocabulary = loaded.get_vocab()
-        spare = [t for t in PAD_NAMES if t in vocabulary and vocabulary[t] not in (loaded.eos_token_id, loaded.bos_token_id)]
+        spare = [
+            t for t in PAD_NAMES if t in vocabulary and vocabulary[t] not in (loaded.eos_token_id, loaded.bos_token_id)
+        ]
         if spare:
             loaded.pad_token = spare[0]
         else:
@@ -66,29 +95,52 @@ def classifier(base: Base, path: str, tok: Any, *, sharded: bool) -> Any:
 
 def _load(kind: Any, base: Base, path: str, sharded: bool, **extra: Any) -> Any:
     revision = base.revision if path == base.model else None
-    options: dict[str, Any] = {"dtype": DTYPES[base.dtype], "attn_implementation": base.attn_implementation,
-                               "revision": revision, "trust_remote_code": base.trust_remote_code, **extra}
+    options: dict[str, Any] = {
+        "dtype": DTYPES[base.dtype],
+        "attn_implementation": base.attn_implementation,
+        "revision": revision,
+        "trust_remote_code": base.trust_remote_code,
+    }
     if base.quantization is not None:
         options["quantization_config"] = _nf4(base, sharded)
         if torch.cuda.is_available() and not sharded:
             options["device_map"] = {"": torch.cuda.current_device()}
     try:
-        model = kind.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=base.trust_remote_code)
+        model = kind.from_pretrained(path, config=_without_dropout(config, extra), **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"base {path}", f"cannot be loaded: {str(error).splitlines()[0]}",
-                        fix="check base.model, base.attn_implementation and base.quantization") from None
+        raise UserError(
+            f"base {path}",
+            f"cannot be loaded: {str(error).splitlines()[0]}",
+            fix="check base.model, base.attn_implementation and base.quantization",
+        ) from None
     if base.quantization is not None:
         _keep_gradients(model)
     return model
+
+
+def _without_dropout(config: Any, extra: dict[str, Any]) -> Any:
+    """`config` with `extra` and no dropout: PPO's ratio must be 1 before the first update, and a score must repeat."""
+    for name in DROPOUT:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    for name, value in extra.items():
+        setattr(config, name, value)
+    return config
 
 
 def _nf4(base: Base, sharded: bool) -> BitsAndBytesConfig:
     compute = DTYPES[base.dtype]
     # ZeRO-3 shards what has a floating-point dtype; on GPUs the packed weights are therefore stored as one.
     storage = compute if sharded and torch.cuda.is_available() else torch.uint8
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=compute, bnb_4bit_quant_storage=storage,
-                              llm_int8_skip_modules=["lm_head", "score"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=["lm_head", "score"],
+    )
 
 
 def _keep_gradients(model: Any) -> None:
@@ -127,7 +179,3 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
     merged = model.merge_and_unload().to(DTYPES[base.dtype])
     merged.save_pretrained(target)
     tok.save_pretrained(target)
-
-
-def config_of(path: str, revision: str | None = None) -> Any:
-    return AutoConfig.from_pretrained(path, revision=revision)

@@ -34,10 +34,15 @@ class Role:
 class Roles(nn.Module):
     """The roles of PPO. `trunks` are causal language models or sequence classifiers, plain or with adapters."""
 
+    trunks: Any  # ModuleDicts of transformers and PEFT models, and of linear layers
+    heads: Any
+
     def __init__(self, trunks: dict[str, Any], heads: dict[str, nn.Linear], roles: dict[str, Role]) -> None:
         super().__init__()
         self.trunks, self.heads, self.roles = nn.ModuleDict(trunks), nn.ModuleDict(heads), roles
-        self._tuners = {name: [m for m in trunk.modules() if isinstance(m, BaseTunerLayer)] for name, trunk in trunks.items()}
+        self._tuners = {
+            name: [m for m in trunk.modules() if isinstance(m, BaseTunerLayer)] for name, trunk in trunks.items()
+        }
         for trunk in trunks.values():
             trunk.requires_grad_(False)
         for name in heads:
@@ -75,13 +80,23 @@ class Roles(nn.Module):
         trunk = self.trunks[self.roles[role].trunk]
         return trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
 
-    def rollout(self, role: str, prompts: list[list[int]], noise: Tensor | None, sampling: Sampling, *, pad: int,
-                eos: list[int], synced: bool) -> Rollout:
+    def rollout(
+        self,
+        role: str,
+        prompts: list[list[int]],
+        noise: Tensor | None,
+        sampling: Sampling,
+        *,
+        pad: int,
+        eos: list[int],
+        synced: bool,
+    ) -> Rollout:
         """Sample the role's replies; see `pipeline.generation.hf.sample`."""
         return hf.sample(self.causal_lm(role), prompts, noise, sampling, pad=pad, eos=eos, synced=synced)
 
-    def log_probs(self, role: str, tokens: Tensor, prompt_lengths: Tensor, width: int,
-                  temperature: float) -> tuple[Tensor, Tensor]:
+    def log_probs(
+        self, role: str, tokens: Tensor, prompt_lengths: Tensor, width: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         """(log-probability of each response token, entropy at each), float32 [B, width].
 
         `tokens` int64 [B, L] hold prompt and response without a gap, padded on the right; the response of row b starts at
@@ -89,8 +104,9 @@ class Roles(nn.Module):
         """
         model = self.causal_lm(role)
         first = int(prompt_lengths.min()) - 1
-        logits = model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False,
-                       logits_to_keep=tokens.shape[1] - first).logits
+        logits = model(
+            input_ids=tokens, position_ids=_positions(tokens), use_cache=False, logits_to_keep=tokens.shape[1] - first
+        ).logits
         index = _response_index(prompt_lengths, width, tokens.shape[1])
         rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
         picked = logits[rows, index - 1 - first].float() / temperature

@@ -17,8 +17,12 @@ def load_function(name: str, where: str) -> Judge:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(where, f"{name} cannot be imported: {error}", expected="package.module:function",
-                        fix="check the spelling, and that the module is on PYTHONPATH") from None
+        raise UserError(
+            where,
+            f"{name} cannot be imported: {error}",
+            expected="package.module:function",
+            fix="check the spelling, and that the module is on PYTHONPATH",
+        ) from None
     if not callable(function):
         raise UserError(where, f"{name} is not a function", expected="(prompts, replies) -> scores")
     judge: Judge = function

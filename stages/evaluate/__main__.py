@@ -42,8 +42,12 @@ def evaluate(context: Context) -> None:
     counts = split.counts[block.prompts[0].path]
     prompts = encode.prompts(encoder, split.held_out, block.sampling.max_prompt_length, counts)[: block.rows]
     if not prompts:
-        raise UserError(context.recipe.where("stages", context.stage, "prompts"), "no held-out prompt",
-                        expected="at least one", fix="raise data.holdout or max_prompt_length")
+        raise UserError(
+            context.recipe.where("stages", context.stage, "prompts"),
+            "no held-out prompt",
+            expected="at least one",
+            fix="raise data.holdout or max_prompt_length",
+        )
 
     rewards = {f"reward{i}": name for i, name in enumerate(block.reward)}
     parts = {"model": speaking(context, parent), "against": speaking(context, context.parent("against"))}
@@ -61,8 +65,16 @@ def evaluate(context: Context) -> None:
             for side, rows in answers.items():
                 numbers = torch.tensor(picked)
                 noise = keys(block.seed, 0, numbers, torch.zeros_like(numbers)).to(device)
-                rollout = roles("rollout", side, [prompts[i] for i in picked], noise, block.sampling,
-                                pad=tok.pad_token_id, eos=eos, synced=False)
+                rollout = roles(
+                    "rollout",
+                    side,
+                    [prompts[i] for i in picked],
+                    noise,
+                    block.sampling,
+                    pad=tok.pad_token_id,
+                    eos=eos,
+                    synced=False,
+                )
                 rows += describe(roles, rollout, picked, rewards, encoder, block.sampling.temperature)
     sides = {side: together(rows) for side, rows in answers.items()}
 
@@ -73,8 +85,16 @@ def evaluate(context: Context) -> None:
             metrics[f"judge/{side}"] = sum(values) / len(values)
         rate, low, high = win_rate(scores["model"], scores["against"], seed=block.seed)
         metrics |= {"judge/win_rate": rate, "judge/win_rate_low": low, "judge/win_rate_high": high}
-    table = [{"prompt": m["prompt"], "before": a["reply"], "after": m["reply"], "scores_before": a["scores"],
-              "scores_after": m["scores"]} for m, a in zip(sides["model"], sides["against"], strict=True)]
+    table = [
+        {
+            "prompt": m["prompt"],
+            "before": a["reply"],
+            "after": m["reply"],
+            "scores_before": a["scores"],
+            "scores_after": m["scores"],
+        }
+        for m, a in zip(sides["model"], sides["against"], strict=True)
+    ]
 
     def write(folder: Path) -> None:
         (folder / "results.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -87,8 +107,14 @@ def evaluate(context: Context) -> None:
     context.publish(write, base=base, method="none", metrics=metrics, split=split, zero_stage=0)
 
 
-def describe(roles: Roles, rollout: Rollout, picked: list[int], rewards: dict[str, str], encoder: encode.Encoder,
-             temperature: float) -> list[dict[str, Any]]:
+def describe(
+    roles: Roles,
+    rollout: Rollout,
+    picked: list[int],
+    rewards: dict[str, str],
+    encoder: encode.Encoder,
+    temperature: float,
+) -> list[dict[str, Any]]:
     """One record per reply: texts, scores of every reward model, KL of `model` to `against` over the reply, length."""
     width = rollout.logprobs.shape[1]
     said, _ = roles("log_probs", "model", rollout.tokens, rollout.prompt_lengths, width, temperature)
@@ -96,10 +122,18 @@ def describe(roles: Roles, rollout: Rollout, picked: list[int], rewards: dict[st
     kl = ((said - other) * rollout.mask).sum(1)
     lengths = rollout.prompt_lengths + rollout.lengths
     scores = {name: roles("scores", role, rollout.tokens, lengths) for role, name in rewards.items()}
-    return [{"index": index, "prompt": encoder.text(rollout.tokens[row, : int(rollout.prompt_lengths[row])].tolist()),
-             "reply": encoder.text(rollout.response(row)), "kl": float(kl[row]), "length": int(rollout.lengths[row]),
-             "ended": bool(rollout.ended[row]), "scores": {name: float(value[row]) for name, value in scores.items()}}
-            for row, index in enumerate(picked)]
+    return [
+        {
+            "index": index,
+            "prompt": encoder.text(rollout.tokens[row, : int(rollout.prompt_lengths[row])].tolist()),
+            "reply": encoder.text(rollout.response(row)),
+            "kl": float(kl[row]),
+            "length": int(rollout.lengths[row]),
+            "ended": bool(rollout.ended[row]),
+            "scores": {name: float(value[row]) for name, value in scores.items()},
+        }
+        for row, index in enumerate(picked)
+    ]
 
 
 def together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -121,7 +155,11 @@ def summary(sides: dict[str, list[dict[str, Any]]], rewards: list[str]) -> dict[
     for name in rewards:
         ours, theirs = ([r["scores"][name] for r in sides[side]] for side in ("model", "against"))
         rate, low, high = win_rate(ours, theirs)
-        metrics |= {f"score/{name}/win_rate": rate, f"score/{name}/win_rate_low": low, f"score/{name}/win_rate_high": high}
+        metrics |= {
+            f"score/{name}/win_rate": rate,
+            f"score/{name}/win_rate_low": low,
+            f"score/{name}/win_rate_high": high,
+        }
     return metrics
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def win_rate(ours: list[float], theirs: list[float], *, draws: int = 10000, seed: int = 0) -> tuple[float, float, float]:
+def win_rate(
+    ours: list[float], theirs: list[float], *, draws: int = 10000, seed: int = 0
+) -> tuple[float, float, float]:
     """(share of pairs that `ours` wins, lower and upper end of its 95 % interval); a tie counts one half.
 
     The interval is the percentile bootstrap over prompts (Efron and Tibshirani 1993, chapter 13).

@@ -58,7 +58,9 @@ def ppo(context: Context) -> None:
 
     base = begin.base_record(context, setup.base)
     write = begin.writer(loop.engine.module.trunks["policy"], setup.tok, base, "policy")
-    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, split=setup.split, zero_stage=setup.zero)
+    context.publish(
+        write, base=base, method=block.adapter.method, metrics=metrics, split=setup.split, zero_stage=setup.zero
+    )
 
 
 def prepare(context: Context, block: Ppo) -> Setup:
@@ -71,8 +73,11 @@ def prepare(context: Context, block: Ppo) -> Setup:
     prompts = encode.prompts(encoder, split.train, block.sampling.max_prompt_length, counts)
     held_out = encode.prompts(encoder, split.held_out, block.sampling.max_prompt_length, counts)
     if not prompts:
-        raise UserError(context.recipe.where("stages", context.stage, "sampling", "max_prompt_length"),
-                        f"every prompt is longer than {block.sampling.max_prompt_length} tokens", fix="raise it")
+        raise UserError(
+            context.recipe.where("stages", context.stage, "sampling", "max_prompt_length"),
+            f"every prompt is longer than {block.sampling.max_prompt_length} tokens",
+            fix="raise it",
+        )
 
     config = configuration(context, block)
     zero = engine.zero_stage(config)
@@ -87,28 +92,55 @@ def prepare(context: Context, block: Ppo) -> Setup:
     eos = eos_ids(plain(roles.trunks["policy"]))
     optimizer = optimizer_for(roles, block)
     clipping = engine.RoleClipping(optimizer, partitioned=zero > 0)
-    loop = Loop(context, block, engine.initialize(roles, optimizer, config), clipping, encoder, Prompts(prompts, block.seed),
-                held_out, eos, synced=zero == 3 and context.world_size > 1)
+    loop = Loop(
+        context,
+        block,
+        engine.initialize(roles, optimizer, config),
+        clipping,
+        encoder,
+        Prompts(prompts, block.seed),
+        held_out,
+        eos,
+        synced=zero == 3 and context.world_size > 1,
+    )
     return Setup(loop, described["policy"].path, tok, split, zero)
 
 
 def configuration(context: Context, block: Ppo) -> dict[str, Any]:
     """The stage's DeepSpeed configuration: one optimizer step per minibatch; clipping is per role, not DeepSpeed's."""
-    micro, accumulation = split_batch(context.recipe.where("stages", context.stage, "rollout_batch"),
-                                      block.rollout_batch // block.minibatches, context.world_size, block.micro_batch)
-    return engine.overlay(engine.read_config(context.recipe, context.stage), dtype=block.base.dtype, micro_batch=micro,
-                          accumulation=accumulation, max_grad_norm=0.0)
+    micro, accumulation = split_batch(
+        context.recipe.where("stages", context.stage, "rollout_batch"),
+        block.rollout_batch // block.minibatches,
+        context.world_size,
+        block.micro_batch,
+    )
+    return engine.overlay(
+        engine.read_config(context.recipe, context.stage),
+        dtype=block.base.dtype,
+        micro_batch=micro,
+        accumulation=accumulation,
+        max_grad_norm=0.0,
+    )
 
 
 def optimizer_for(roles: Roles, block: Ppo) -> torch.optim.Optimizer:
     """One optimizer with a group per trained role, each with its own learning rate, decay and clipping norm."""
     critic = block.critic
     groups = [
-        {"name": "policy", "params": roles.trainable("policy"), "peak_lr": block.lr, "weight_decay": block.weight_decay,
-         "max_grad_norm": block.max_grad_norm},
-        {"name": "critic", "params": roles.trainable("critic"), "peak_lr": critic.lr or block.lr,
-         "weight_decay": block.weight_decay if critic.weight_decay is None else critic.weight_decay,
-         "max_grad_norm": block.max_grad_norm if critic.max_grad_norm is None else critic.max_grad_norm},
+        {
+            "name": "policy",
+            "params": roles.trainable("policy"),
+            "peak_lr": block.lr,
+            "weight_decay": block.weight_decay,
+            "max_grad_norm": block.max_grad_norm,
+        },
+        {
+            "name": "critic",
+            "params": roles.trainable("critic"),
+            "peak_lr": critic.lr or block.lr,
+            "weight_decay": block.weight_decay if critic.weight_decay is None else critic.weight_decay,
+            "max_grad_norm": block.max_grad_norm if critic.max_grad_norm is None else critic.max_grad_norm,
+        },
     ]
     for group in groups:
         group["lr"] = group["peak_lr"]

@@ -57,9 +57,14 @@ class Experience:
         length = int((self.prompt_lengths[index] + self.lengths[index]).max())
         width = int(self.lengths[index].max())
         cut = {"tokens": length}
-        return Experience(**{
-            f.name: value[index, : cut.get(f.name, width)] if (value := getattr(self, f.name)).dim() == 2 else value[index]
-            for f in fields(self)})
+        return Experience(
+            **{
+                f.name: value[index, : cut.get(f.name, width)]
+                if (value := getattr(self, f.name)).dim() == 2
+                else value[index]
+                for f in fields(self)
+            }
+        )
 
 
 def judge(engine: Any, rollout: Rollout, temperature: float, micro_batch: int) -> Judged:
@@ -91,8 +96,20 @@ def experience(judged: Judged, block: Ppo, coef: float) -> Experience:
     advantages, returns = advantage.gae(rewards, values, mask, block.gamma, block.lam)
     if block.whiten:
         advantages = advantage.whiten(advantages, mask)
-    return Experience(gather(rollout.tokens), gather(rollout.prompt_lengths), lengths, ended, mask, logprobs, values, kl,
-                      advantages, returns, gather(judged.entropy), scores)
+    return Experience(
+        gather(rollout.tokens),
+        gather(rollout.prompt_lengths),
+        lengths,
+        ended,
+        mask,
+        logprobs,
+        values,
+        kl,
+        advantages,
+        returns,
+        gather(judged.entropy),
+        scores,
+    )
 
 
 def shaped(scores: Tensor, ended: Tensor, block: Ppo) -> Tensor:

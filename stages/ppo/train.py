@@ -83,8 +83,9 @@ class Loop:
     def __post_init__(self) -> None:
         self.kl = Controller.from_block(self.block.kl)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.micro, _ = split_batch("ppo", self.block.rollout_batch // self.block.minibatches, self.world,
-                                    self.block.micro_batch)
+        self.micro, _ = split_batch(
+            "ppo", self.block.rollout_batch // self.block.minibatches, self.world, self.block.micro_batch
+        )
 
     def run(self, tracker: Tracker) -> None:
         """Steps from where the loop stands to the end. Raises Stopped after saving when asked to stop."""
@@ -119,8 +120,16 @@ class Loop:
         numbers = torch.arange(first, first + share) + step * self.block.rollout_batch
         noise = keys(self.block.seed + seed_offset, step, numbers, torch.zeros_like(numbers)).to(self.engine.device)
         with self.engine.module.evaluating():
-            return self.engine("rollout", "policy", prompts[first : first + share], noise, self.block.sampling,
-                               pad=self.encoder.tokenizer.pad_token_id, eos=self.eos, synced=self.synced)
+            return self.engine(
+                "rollout",
+                "policy",
+                prompts[first : first + share],
+                noise,
+                self.block.sampling,
+                pad=self.encoder.tokenizer.pad_token_id,
+                eos=self.eos,
+                synced=self.synced,
+            )
 
     def update(self, batch: Experience, step: int) -> dict[str, float]:
         """PPO epochs over minibatches of the rollout; the optimizer steps once per minibatch.
@@ -150,8 +159,9 @@ class Loop:
     def losses(self, rows: Experience) -> tuple[Tensor, Tensor]:
         """(policy loss + value loss summed over tokens, eight sums for the metrics)."""
         width = rows.mask.shape[1]
-        logprobs, entropy = self.engine("log_probs", "policy", rows.tokens, rows.prompt_lengths, width,
-                                        self.block.sampling.temperature)
+        logprobs, entropy = self.engine(
+            "log_probs", "policy", rows.tokens, rows.prompt_lengths, width, self.block.sampling.temperature
+        )
         values = self.engine("values", "critic", rows.tokens, rows.prompt_lengths, width)
         policy, policy_clipped = policy_loss(logprobs, rows.logprobs, rows.advantages, self.block.clip)
         value, value_clipped = value_loss(values, rows.values, rows.returns, self.block.value_clip)
@@ -167,10 +177,17 @@ class Loop:
         dist.all_reduce(shared)
         policy, value, clipped, value_clipped, ratio, approxkl, entropy = (shared[:7] / shared[7]).tolist()
         rates = {f"lr/{g['name']}": float(g["lr"]) for g in self.engine.optimizer.param_groups}
-        return {"loss/policy_avg": policy, "loss/value_avg": value, "policy/clipfrac_avg": clipped,
-                "val/clipfrac_avg": value_clipped, "val/ratio": ratio, "policy/approxkl_avg": approxkl,
-                "policy/entropy_avg": entropy, **rates,
-                **{f"grad_norm/{name}": norm for name, norm in self.clipping.norms.items()}}
+        return {
+            "loss/policy_avg": policy,
+            "loss/value_avg": value,
+            "policy/clipfrac_avg": clipped,
+            "val/clipfrac_avg": value_clipped,
+            "val/ratio": ratio,
+            "policy/approxkl_avg": approxkl,
+            "policy/entropy_avg": entropy,
+            **rates,
+            **{f"grad_norm/{name}": norm for name, norm in self.clipping.norms.items()},
+        }
 
     def _set_learning_rates(self, update: int) -> None:
         block = self.block
@@ -185,8 +202,11 @@ class Loop:
         rollout = self.sample(padded, 0, seed_offset=1)
         batch = experience(judge(self.engine, rollout, self.block.sampling.temperature, self.micro), self.block, 0.0)
         sequence_kl = (batch.kl * batch.mask).sum(1)[:count]
-        return {"eval/score": float(batch.scores[:count].mean()), "eval/kl": float(sequence_kl.mean()),
-                "eval/length": float(batch.lengths[:count].float().mean())}
+        return {
+            "eval/score": float(batch.scores[:count].mean()),
+            "eval/kl": float(sequence_kl.mean()),
+            "eval/length": float(batch.lengths[:count].float().mean()),
+        }
 
     def boundary(self, tracker: Tracker) -> bool:
         """What happens between steps: evaluation, best-so-far, saving, stop requests. True when training ends early."""
@@ -210,8 +230,13 @@ class Loop:
         return early
 
     def save(self) -> None:
-        state = {"step": self.step, "kl_coef": self.kl.coef, "best": self.best, "best_step": self.best_step,
-                 "stale": self.stale}
+        state = {
+            "step": self.step,
+            "kl_coef": self.kl.coef,
+            "best": self.best,
+            "best_step": self.best_step,
+            "stale": self.stale,
+        }
         engine.save(self.engine, self.context.checkpoints, self.step, state)
         if self.context.is_main:
             best = self.context.checkpoints / f"step-{self.best_step}" if self.block.publish == "best" else None
@@ -229,18 +254,25 @@ class Loop:
         dist.all_reduce(difference, op=dist.ReduceOp.MAX)
         limit = CANARY_TOLERANCE[self.block.base.dtype]
         if not float(difference) <= limit:
-            raise RuntimeError(f"canary: rollout and training log-probabilities differ by {float(difference):.4f} nats per "
-                               f"token, more than {limit} allows in {self.block.base.dtype}; the rollout engine and the "
-                               "training forward do not see the same positions, mask or adapter")
+            raise RuntimeError(
+                f"canary: rollout and training log-probabilities differ by {float(difference):.4f} nats per "
+                f"token, more than {limit} allows in {self.block.base.dtype}; the rollout engine and the "
+                "training forward do not see the same positions, mask or adapter"
+            )
 
     def table(self, batch: Experience, rows: int = 4) -> list[dict[str, Any]]:
         """Prompt, reply, score and KL of the first rows."""
         table = []
         for row in range(min(rows, len(batch.scores))):
             start, end = int(batch.prompt_lengths[row]), int(batch.prompt_lengths[row] + batch.lengths[row])
-            table.append({"prompt": self.encoder.text(batch.tokens[row, :start].tolist()),
-                          "reply": self.encoder.text(batch.tokens[row, start:end].tolist()),
-                          "score": float(batch.scores[row]), "kl": float(batch.kl[row].sum())})
+            table.append(
+                {
+                    "prompt": self.encoder.text(batch.tokens[row, :start].tolist()),
+                    "reply": self.encoder.text(batch.tokens[row, start:end].tolist()),
+                    "score": float(batch.scores[row]),
+                    "kl": float(batch.kl[row].sum()),
+                }
+            )
         return table
 
 
@@ -248,12 +280,17 @@ def describe(batch: Experience, coef: float) -> dict[str, float]:
     """Means over the rollout's sequences, under the names TRL's dashboards know."""
     kl = (batch.kl * batch.mask).sum(1)
     penalty = -coef * kl
-    return {"objective/kl": float(kl.mean()), "objective/kl_coef": coef,
-            "objective/entropy": float(-(batch.logprobs * batch.mask).sum(1).mean()),
-            "objective/scores": float(batch.scores.mean()), "objective/non_score_reward": float(penalty.mean()),
-            "objective/rlhf_reward": float((batch.scores + penalty).mean()),
-            "val/num_eos_tokens": float(batch.ended.sum()), "objective/length": float(batch.lengths.float().mean()),
-            "val/explained_variance": _explained(batch)}
+    return {
+        "objective/kl": float(kl.mean()),
+        "objective/kl_coef": coef,
+        "objective/entropy": float(-(batch.logprobs * batch.mask).sum(1).mean()),
+        "objective/scores": float(batch.scores.mean()),
+        "objective/non_score_reward": float(penalty.mean()),
+        "objective/rlhf_reward": float((batch.scores + penalty).mean()),
+        "val/num_eos_tokens": float(batch.ended.sum()),
+        "objective/length": float(batch.lengths.float().mean()),
+        "val/explained_variance": _explained(batch),
+    }
 
 
 def _explained(batch: Experience) -> float:
@@ -262,4 +299,3 @@ def _explained(batch: Experience) -> float:
     returns, error = batch.returns[kept], (batch.returns - batch.values)[kept]
     spread = float(returns.var(unbiased=False))
     return 1.0 - float(error.var(unbiased=False)) / spread if spread > 0 else 0.0
-

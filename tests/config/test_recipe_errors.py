@@ -24,8 +24,15 @@ RECIPE: dict[str, Any] = {
     "stages": {
         "sft": {"kind": "sft", "data": [{"path": "rows.jsonl", "share": 0.2}], "lr": 1.0e-4, "batch": 32},
         "reward": {"kind": "reward", "data": [{"path": "rows.jsonl", "share": 0.4}], "lr": 1.0e-4},
-        "ppo": {"kind": "ppo", "policy": "sft", "reward": "reward", "prompts": [{"path": "rows.jsonl", "share": 0.4}],
-                "steps": 10, "lr": 1.0e-5, "kl": {"coef": 0.1}},
+        "ppo": {
+            "kind": "ppo",
+            "policy": "sft",
+            "reward": "reward",
+            "prompts": [{"path": "rows.jsonl", "share": 0.4}],
+            "steps": 10,
+            "lr": 1.0e-5,
+            "kl": {"coef": 0.1},
+        },
         "evaluate": {"kind": "evaluate", "model": "ppo", "against": "sft", "prompts": [{"path": "rows.jsonl"}]},
     },
 }
@@ -34,87 +41,135 @@ RECIPE: dict[str, Any] = {
 Case = tuple[dict[str, Any], str, list[str]]
 CASES: dict[str, Case] = {
     "unknown key at the top": (
-        {"adaptor": {"r": 8}}, "recipe r.yaml: adaptor",
-        ["unknown key", "one of: name, base, adapter", "write `adapter`"]),
-    "unknown key of a stage": (
-        {"stages.sft.epoch": 2}, "stages.sft.epoch", ["unknown key", "write `epochs`"]),
+        {"adaptor": {"r": 8}},
+        "recipe r.yaml: adaptor",
+        ["unknown key", "one of: name, base, adapter", "write `adapter`"],
+    ),
+    "unknown key of a stage": ({"stages.sft.epoch": 2}, "stages.sft.epoch", ["unknown key", "write `epochs`"]),
     "unknown key of a block in a stage": (
-        {"stages.ppo.kl.targt": 6}, "stages.ppo.kl.targt",
-        ["one of: coef, estimator, target, horizon", "write `target`"]),
+        {"stages.ppo.kl.targt": 6},
+        "stages.ppo.kl.targt",
+        ["one of: coef, estimator, target, horizon", "write `target`"],
+    ),
     "unknown key of a source": (
-        {"stages.sft.data": [{"path": "rows.jsonl", "shard": 0.2}]}, "stages.sft.data.0.shard", ["write `share`"]),
-    "unknown key of an inherited block": (
-        {"base.dtyp": "bf16"}, "recipe r.yaml: base.dtyp", ["write `dtype`"]),
-    "unknown key like no other": (
-        {"stages.sft.xyzzy": 1}, "stages.sft.xyzzy", ["unknown key", "remove it"]),
-    "word for a number": (
-        {"stages.sft.batch": "many"}, "stages.sft.batch", ["found 'many'", "valid integer"]),
-    "number below its range": (
-        {"stages.reward.lr": -1}, "stages.reward.lr", ["found -1", "greater than 0"]),
-    "number above its range": (
-        {"stages.ppo.gamma": 1.5}, "stages.ppo.gamma", ["found 1.5", "less than or equal to 1"]),
+        {"stages.sft.data": [{"path": "rows.jsonl", "shard": 0.2}]},
+        "stages.sft.data.0.shard",
+        ["write `share`"],
+    ),
+    "unknown key of an inherited block": ({"base.dtyp": "bf16"}, "recipe r.yaml: base.dtyp", ["write `dtype`"]),
+    "unknown key like no other": ({"stages.sft.xyzzy": 1}, "stages.sft.xyzzy", ["unknown key", "remove it"]),
+    "word for a number": ({"stages.sft.batch": "many"}, "stages.sft.batch", ["found 'many'", "valid integer"]),
+    "number below its range": ({"stages.reward.lr": -1}, "stages.reward.lr", ["found -1", "greater than 0"]),
+    "number above its range": ({"stages.ppo.gamma": 1.5}, "stages.ppo.gamma", ["found 1.5", "less than or equal to 1"]),
     "word outside its list": (
-        {"stages.ppo.kl.estimator": "k2"}, "stages.ppo.kl.estimator", ["found 'k2'", "'k1' or 'k3'"]),
-    "word for a block": (
-        {"stages.sft.deepspeed": "zero3"}, "stages.sft.deepspeed", ["found 'zero3'", "a block"]),
-    "text for the base": (
-        {"base": "some/model"}, "recipe r.yaml: base", ["found 'some/model'", "Base"]),
-    "no required key": (
-        {"stages.ppo.steps": GONE}, "stages.ppo.steps", ["missing", "add `steps:`"]),
-    "no data": (
-        {"stages.sft.data": []}, "stages.sft.data", ["at least 1 item"]),
-    "no kind": (
-        {"stages.sft.kind": GONE}, "stages.sft.kind", ["one of: sft, reward, ppo, evaluate"]),
-    "misspelt kind": (
-        {"stages.reward.kind": "rewrd"}, "stages.reward.kind", ["found 'rewrd'", "write `reward`"]),
-    "name that is no file name": (
-        {"name": "a/b"}, "recipe r.yaml: name", ["found 'a/b'", "match pattern"]),
-    "stage named base": (
-        {"stages.base": {"kind": "sft"}}, "stages.base", ["cannot be used", "choose another name"]),
-    "stage that is no block": (
-        {"stages.sft": "sft"}, "stages.sft", ["found str", "a block with `kind:`"]),
+        {"stages.ppo.kl.estimator": "k2"},
+        "stages.ppo.kl.estimator",
+        ["found 'k2'", "'k1' or 'k3'"],
+    ),
+    "word for a block": ({"stages.sft.deepspeed": "zero3"}, "stages.sft.deepspeed", ["found 'zero3'", "a block"]),
+    "text for the base": ({"base": "some/model"}, "recipe r.yaml: base", ["found 'some/model'", "Base"]),
+    "no required key": ({"stages.ppo.steps": GONE}, "stages.ppo.steps", ["missing", "add `steps:`"]),
+    "misspelt required key": (
+        {"stages.ppo.policy": GONE, "stages.ppo.polcy": "sft"},
+        "stages.ppo.polcy",
+        ["unknown key", "write `policy`"],
+    ),
+    "hold-out of one stage": ({"stages.sft.holdout": 0.0}, "stages.sft.holdout", ["`data.holdout`", "remove it here"]),
+    "number that is none": ({"stages.sft.lr": float("inf")}, "stages.sft.lr", ["found inf", "finite number"]),
+    "kind that is a list": ({"stages.sft.kind": ["sft"]}, "stages.sft.kind", ["found ['sft']", "one of: sft, reward"]),
+    "misspelt DeepSpeed configuration": (
+        {"stages.ppo.deepspeed": {"config": "zer2"}},
+        "stages.ppo.deepspeed.config",
+        ['no configuration "zer2"', "zero3_offload", "write `zero2`"],
+    ),
+    "no data": ({"stages.sft.data": []}, "stages.sft.data", ["at least 1 item"]),
+    "no kind": ({"stages.sft.kind": GONE}, "stages.sft.kind", ["one of: sft, reward, ppo, evaluate"]),
+    "misspelt kind": ({"stages.reward.kind": "rewrd"}, "stages.reward.kind", ["found 'rewrd'", "write `reward`"]),
+    "name that is no file name": ({"name": "a/b"}, "recipe r.yaml: name", ["found 'a/b'", "match pattern"]),
+    "stage named base": ({"stages.base": {"kind": "sft"}}, "stages.base", ["cannot be used", "choose another name"]),
+    "stage that is no block": ({"stages.sft": "sft"}, "stages.sft", ["found str", "a block with `kind:`"]),
     "missing upstream": (
-        {"stages.ppo.policy": "stf"}, "stages.ppo.policy",
-        ['no stage named "stf"', "one of: sft", "write `policy: sft`", 'add a stage called "stf"']),
+        {"stages.ppo.policy": "stf"},
+        "stages.ppo.policy",
+        ['no stage named "stf"', "one of: sft", "write `policy: sft`", 'add a stage called "stf"'],
+    ),
     "missing upstream in a list": (
-        {"stages.evaluate.reward": ["reward", "judge"]}, "stages.evaluate.reward", ['no stage named "judge"']),
+        {"stages.evaluate.reward": ["reward", "judge"]},
+        "stages.evaluate.reward",
+        ['no stage named "judge"'],
+    ),
     "missing upstream and none of its kind": (
-        {"stages.reward": GONE}, "stages.ppo.reward", ['no stage named "reward"', "an upstream stage of kind reward"]),
+        {"stages.reward": GONE},
+        "stages.ppo.reward",
+        ['no stage named "reward"', "an upstream stage of kind reward"],
+    ),
     "upstream of another kind": (
-        {"stages.ppo.reward": "sft"}, "stages.ppo.reward", ['stage "sft" is of kind sft', "one of: reward"]),
+        {"stages.ppo.reward": "sft"},
+        "stages.ppo.reward",
+        ['stage "sft" is of kind sft', "one of: reward"],
+    ),
     "base where a stage is needed": (
-        {"stages.ppo.reward": "base"}, "stages.ppo.reward", ['no stage named "base"', "one of: reward"]),
+        {"stages.ppo.reward": "base"},
+        "stages.ppo.reward",
+        ['no stage named "base"', "one of: reward"],
+    ),
     "cycle": (
-        {"stages.sft.init": "ppo"}, "stages.sft", ["wait for each other: sft -> ppo -> sft", "start from `base`"]),
-    "stage that starts from itself": (
-        {"stages.sft.init": "sft"}, "stages.sft", ["sft -> sft", "start from `base`"]),
+        {"stages.sft.init": "ppo"},
+        "stages.sft",
+        ["wait for each other: sft -> ppo -> sft", "start from `base`"],
+    ),
+    "stage that starts from itself": ({"stages.sft.init": "sft"}, "stages.sft", ["sft -> sft", "start from `base`"]),
     "batch that does not divide over ranks": (
-        {"stages.sft.batch": 33}, "stages.sft.batch", ["33 sequences do not divide over 2 ranks", "a multiple of 2"]),
+        {"stages.sft.batch": 33},
+        "stages.sft.batch",
+        ["33 sequences do not divide over 2 ranks", "a multiple of 2"],
+    ),
     "batch of a rank that does not divide": (
-        {"stages.sft.micro_batch": 5}, "stages.sft",
-        ["16 sequences per rank", "micro-batches of 5", "write `micro_batch: 4`"]),
+        {"stages.sft.micro_batch": 5},
+        "stages.sft.micro_batch",
+        ["16 sequences per rank", "micro-batches of 5", "write `micro_batch: 4`"],
+    ),
     "rollout that does not divide into minibatches": (
-        {"stages.ppo.minibatches": 3}, "stages.ppo.rollout_batch", ["64 prompts", "3 minibatches", "a multiple of 3"]),
+        {"stages.ppo.minibatches": 3},
+        "stages.ppo.rollout_batch",
+        ["64 prompts", "3 minibatches", "a multiple of 3"],
+    ),
     "minibatch that does not divide over ranks": (
-        {"stages.ppo.minibatches": 64}, "stages.ppo.rollout_batch", ["1 sequences", "2 ranks", "a multiple of 2"]),
+        {"stages.ppo.minibatches": 64},
+        "stages.ppo.rollout_batch",
+        ["1 sequences", "2 ranks", "a multiple of 2"],
+    ),
     "shares above one": (
-        {"stages.ppo.prompts": [{"path": "rows.jsonl", "share": 0.5}]}, "stages.ppo",
-        ["shares of rows.jsonl add up to 1.1", "at most 1 over all stages", "lower a share"]),
+        {"stages.ppo.prompts": [{"path": "rows.jsonl", "share": 0.5}]},
+        "stages.ppo",
+        ["shares of rows.jsonl add up to 1.1", "at most 1 over all stages", "lower a share"],
+    ),
     "full fine-tuning of 4-bit weights": (
-        {"base.quantization": "nf4", "stages.sft.adapter": {"method": "full"}}, "stages.sft.adapter.method",
-        ["full fine-tuning of a 4-bit base", "write `method: lora`", "`quantization: null`"]),
+        {"base.quantization": "nf4", "stages.sft.adapter": {"method": "full"}},
+        "stages.sft.adapter.method",
+        ["full fine-tuning of a 4-bit base", "write `method: lora`", "`quantization: null`"],
+    ),
     "4-bit weights in float32": (
-        {"base.quantization": "nf4", "base.dtype": "fp32"}, "recipe r.yaml: base",
-        ["dtype fp32", "write `dtype: bf16`"]),
+        {"base.quantization": "nf4", "base.dtype": "fp32"},
+        "recipe r.yaml: base",
+        ["dtype fp32", "write `dtype: bf16`"],
+    ),
     "4-bit weights in float32 in one stage": (
-        {"base.quantization": "nf4", "stages.sft.base": {"dtype": "fp32"}}, "stages.sft.base", ["write `dtype: bf16`"]),
-    "best without evaluations": (
-        {"stages.sft.publish": "best"}, "stages.sft", ["publish: best", "set eval_every"]),
+        {"base.quantization": "nf4", "stages.sft.base": {"dtype": "fp32"}},
+        "stages.sft.base",
+        ["write `dtype: bf16`"],
+    ),
+    "best without evaluations": ({"stages.sft.publish": "best"}, "stages.sft", ["publish: best", "set eval_every"]),
     "early stopping without evaluations": (
-        {"stages.ppo.early_stopping": 3}, "stages.ppo", ["early_stopping", "set eval_every"]),
+        {"stages.ppo.early_stopping": 3},
+        "stages.ppo",
+        ["early_stopping", "set eval_every"],
+    ),
     "judge that names no function": (
-        {"stages.evaluate.judge": "my_judge"}, "stages.evaluate.judge",
-        ["found 'my_judge'", "`package.module:function`"]),
+        {"stages.evaluate.judge": "my_judge"},
+        "stages.evaluate.judge",
+        ["found 'my_judge'", "`package.module:function`"],
+    ),
     "no stages": ({"stages": {}}, "recipe r.yaml: stages", ["no stages", "add at least one stage"]),
     "no stages key": ({"stages": GONE}, "recipe r.yaml: stages", ["no stages", "stage name to block"]),
 }
@@ -169,6 +224,7 @@ def test_missing_file_lists_the_shipped_recipes(name: str) -> None:
         ("name.deeper=1", "--set name.deeper", ["name is not a block", "the dotted path of a key"]),
         ("stages.sft.lr.peak=1", "--set stages.sft.lr.peak", ["lr is not a block"]),
         ("stages.sft.lr", "--set stages.sft.lr", ["no `=`", "KEY=VALUE"]),
+        ("name=[x", "--set name", ["'[x' is not valid YAML"]),
         ("stages.sft.epoch=2", "stages.sft.epoch", ["unknown key", "write `epochs`"]),
         ("stages.ppo.kl.target=high", "stages.ppo.kl.target", ["found 'high'", "valid number"]),
     ],
@@ -177,6 +233,12 @@ def test_override_that_cannot_be(override: str, place: str, words: list[str], tm
     with pytest.raises(UserError) as raised:
         load(written(tmp_path, {}), [override])
     assert_says(str(raised.value), place, words)
+
+
+def test_folder_of_a_shipped_recipes_name_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load("quickstart").name == "quickstart"
 
 
 def test_override_changes_one_key_and_makes_the_blocks_it_needs(tmp_path: Path) -> None:
@@ -189,15 +251,20 @@ def test_override_changes_one_key_and_makes_the_blocks_it_needs(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "arguments", "place", "words"),
     [
-        ({"stages.ppo.policy": "stf"}, [], "recipe r.yaml: stages.ppo.policy",
-         ['no stage named "stf"', "one of: sft", "fix: write `policy: sft`, or add a stage"]),
+        (
+            {"stages.ppo.policy": "stf"},
+            [],
+            "recipe r.yaml: stages.ppo.policy",
+            ['no stage named "stf"', "one of: sft", "fix: write `policy: sft`, or add a stage"],
+        ),
         ({"stages.sft.epoch": 2}, [], "recipe r.yaml: stages.sft.epoch", ["unknown key", "write `epochs`"]),
         ({}, ["--set", "name.deeper=1"], "--set name.deeper", ["name is not a block"]),
     ],
     ids=["missing upstream", "unknown key", "override"],
 )
-def test_command_line_says_it_in_one_paragraph(changes: dict[str, Any], arguments: list[str], place: str,
-                                               words: list[str], tmp_path: Path) -> None:
+def test_command_line_says_it_in_one_paragraph(
+    changes: dict[str, Any], arguments: list[str], place: str, words: list[str], tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "pipeline.cli", "plan", str(written(tmp_path, changes)), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -69,8 +69,11 @@ def test_plan_shows_every_stage_its_model_and_its_command(path: Path) -> None:
 def test_hh_stages_have_disjoint_shares_and_evaluate_takes_none() -> None:
     for path in (p for p in SHIPPED if p.stem.startswith("hh_")):
         recipe = load(path)
-        taken = [recipe.interval(stage, source) for stage in ("sft", "reward", "ppo")
-                 for source in getattr(recipe.stages[stage], "prompts" if stage == "ppo" else "data")]
+        taken = [
+            recipe.interval(stage, source)
+            for stage in ("sft", "reward", "ppo")
+            for source in getattr(recipe.stages[stage], "prompts" if stage == "ppo" else "data")
+        ]
         assert taken == [pytest.approx((0.0, 0.2)), pytest.approx((0.2, 0.6)), pytest.approx((0.6, 1.0))]
 
 
@@ -84,8 +87,10 @@ def test_opt_recipe_has_deepspeed_chats_constants() -> None:
 
 
 def test_reading_a_recipe_imports_no_torch_and_takes_under_two_seconds() -> None:
-    code = ("import sys; import pipeline.cli; from pipeline.config.recipe import load; load('quickstart'); "
-            "print([m for m in ('torch', 'transformers', 'deepspeed', 'datasets') if m in sys.modules])")
+    code = (
+        "import sys; import pipeline.cli; from pipeline.config.recipe import load; load('quickstart'); "
+        "print([m for m in ('torch', 'transformers', 'deepspeed', 'datasets') if m in sys.modules])"
+    )
     seconds = []
     for _ in range(2):  # the better of two, because other work may hold the processor
         began = time.monotonic()
@@ -98,5 +103,11 @@ def test_reading_a_recipe_imports_no_torch_and_takes_under_two_seconds() -> None
 def relay(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does, in a terminal wide enough for its tables."""
     env = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], capture_output=True, text=True,
-                          check=False, cwd=ROOT, env=env)
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=env,
+    )

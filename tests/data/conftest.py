@@ -27,8 +27,14 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
         stages: dict[str, dict[str, Any]] = {
             "sft": {"kind": "sft", "lr": 1e-4, "data": [{"path": path, "share": 0.2}]},
             "reward": {"kind": "reward", "lr": 1e-4, "data": [{"path": path, "share": 0.4}]},
-            "ppo": {"kind": "ppo", "policy": "sft", "reward": "reward", "lr": 1e-5, "steps": 1,
-                    "prompts": [{"path": path, "share": 0.4}]},
+            "ppo": {
+                "kind": "ppo",
+                "policy": "sft",
+                "reward": "reward",
+                "lr": 1e-5,
+                "steps": 1,
+                "prompts": [{"path": path, "share": 0.4}],
+            },
             "evaluate": {"kind": "evaluate", "model": "ppo", "against": "sft", "prompts": [{"path": path}]},
         }
         for stage, block in changes.items():

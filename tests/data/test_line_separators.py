@@ -12,7 +12,6 @@ from pipeline.data.read import rows
 pytestmark = pytest.mark.fast
 
 
-@pytest.mark.xfail(strict=True, reason="str.splitlines also splits at U+2028, U+2029 and U+0085")
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
 def test_a_row_may_hold_unicode_line_separators(tmp_path: Path, separator: str) -> None:
     fields = [{"prompt": f"one{separator}two", "completion": "yes"}, {"prompt": "three", "completion": "no"}]

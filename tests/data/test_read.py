@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 
 pytestmark = pytest.mark.fast
 
-TEXT = [{"prompt": "Say ü.", "completion": "ü"}, {"prompt": "Two\nlines, \"quoted\"", "completion": "yes"}]
+TEXT = [{"prompt": "Say ü.", "completion": "ü"}, {"prompt": 'Two\nlines, "quoted"', "completion": "yes"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in TEXT)
 
 
@@ -38,8 +38,14 @@ def write_parquet(path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(TEXT), path)
 
 
-WRITERS = {"a.json": write_json, "a.jsonl": write_jsonl, "a.json.gz": write_gz, "a.jsonl.gz": write_gz,
-           "a.csv": write_csv, "a.parquet": write_parquet}
+WRITERS = {
+    "a.json": write_json,
+    "a.jsonl": write_jsonl,
+    "a.json.gz": write_gz,
+    "a.jsonl.gz": write_gz,
+    "a.csv": write_csv,
+    "a.parquet": write_parquet,
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -56,6 +62,19 @@ def test_row_number_of_jsonl_is_its_line(tmp_path: Path) -> None:
     path = tmp_path / "gaps.jsonl"
     path.write_text('\n{"text": "second line"}\n\n  \n{"text": "fifth line"}\n', encoding="utf-8")
     assert [(row.number, row.fields["text"]) for row in rows(str(path))] == [(2, "second line"), (5, "fifth line")]
+
+
+def test_line_separators_of_unicode_do_not_end_a_jsonl_line(tmp_path: Path) -> None:
+    path = tmp_path / "unicode.jsonl"
+    path.write_text('{"text": "a\u2028b\u2029c\u0085d"}\n{"text": "e"}\n', encoding="utf-8")
+    assert [(row.number, row.fields["text"]) for row in rows(str(path))] == [(1, "a\u2028b\u2029c\u0085d"), (2, "e")]
+
+
+def test_csv_of_a_spreadsheet(tmp_path: Path) -> None:
+    """A byte-order mark before the first column's name, and a cell longer than the csv module's default limit."""
+    path = tmp_path / "sheet.csv"
+    path.write_text("\ufefftext,other\n" + "x" * 200_000 + ",y\n", encoding="utf-8")
+    assert [row.fields for row in rows(str(path))] == [{"text": "x" * 200_000, "other": "y"}]
 
 
 def test_folder_is_its_data_files_in_order_and_nothing_else(tmp_path: Path) -> None:
@@ -75,6 +94,7 @@ def test_folder_is_its_data_files_in_order_and_nothing_else(tmp_path: Path) -> N
         ("cut.jsonl", '{"text": "a"}\n\n{"text": "b"}\n{"te', "cut.jsonl, row 4", "not valid JSON"),
         ("list.jsonl", '{"text": "a"}\n[1, 2]\n', "list.jsonl, row 2", "found list"),
         ("number.json", '[{"text": "a"}, 7]', "number.json, row 2", "found int"),
+        ("wide.csv", "prompt,completion\na,b\nc,d,e\n", "wide.csv, row 2", "1 more cells than columns"),
         ("bad.json", '[{"text": "a"},\n {"text": }]', "bad.json, line 2", "not valid JSON"),
     ],
 )
@@ -95,11 +115,24 @@ def test_rows_before_the_bad_one_are_read(tmp_path: Path) -> None:
         next(reading)
 
 
-@pytest.mark.parametrize("content", [gzip.compress(LINES.encode())[:-20], b"plain text"], ids=["cut", "not gzip"])
+ZIPPED = bytearray(gzip.compress(LINES.encode() * 50))
+ZIPPED[20] ^= 0xFF
+
+
+@pytest.mark.parametrize(
+    "content", [gzip.compress(LINES.encode())[:-20], b"plain text", bytes(ZIPPED)], ids=["cut", "not gzip", "altered"]
+)
 def test_broken_gzip_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "broken.jsonl.gz"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"broken\.jsonl\.gz: cannot be read"):
+        list(rows(str(path)))
+
+
+def test_broken_parquet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.parquet"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match=r"broken\.parquet: cannot be read"):
         list(rows(str(path)))
 
 
@@ -136,5 +169,9 @@ def test_real_preferences_are_read_whole(hh_rlhf: Path) -> None:
         assert row.fields.keys() == {"chosen", "rejected"}
         per_file[Path(row.file).name] = row.number
     # Lines of each file, counted with zcat and wc.
-    assert per_file == {"harmless-base.test.jsonl.gz": 2312, "helpful-base.test.jsonl.gz": 2354,
-                        "helpful-online.test.jsonl.gz": 1137, "helpful-rejection-sampled.test.jsonl.gz": 2749}
+    assert per_file == {
+        "harmless-base.test.jsonl.gz": 2312,
+        "helpful-base.test.jsonl.gz": 2354,
+        "helpful-online.test.jsonl.gz": 1137,
+        "helpful-rejection-sampled.test.jsonl.gz": 2749,
+    }

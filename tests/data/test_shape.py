@@ -43,11 +43,23 @@ WITH_INPUT = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
         ({"instruction": "Add.", "output": "3"}, Example(INSTRUCTION, "3")),
         ({"prompt": "p", "chosen": "good", "rejected": "bad"}, Example("p", "good")),
         ({"chosen": HUMAN + " In Norway.", "rejected": HUMAN + " No idea."}, Example(HUMAN, " In Norway.")),
-        ({"instruction": "Add.", "output": "3", "chosen": "It is 3.", "rejected": "3!"},
-         Example(INSTRUCTION, "It is 3.")),
+        (
+            {"instruction": "Add.", "output": "3", "chosen": "It is 3.", "rejected": "3!"},
+            Example(INSTRUCTION, "It is 3."),
+        ),
     ],
-    ids=["prompt and completion", "messages as prompt", "messages", "text", "Alpaca", "Alpaca with empty input",
-         "Alpaca without input", "preference", "HH-RLHF", "Alpaca preference"],
+    ids=[
+        "prompt and completion",
+        "messages as prompt",
+        "messages",
+        "text",
+        "Alpaca",
+        "Alpaca with empty input",
+        "Alpaca without input",
+        "preference",
+        "HH-RLHF",
+        "Alpaca preference",
+    ],
 )
 def test_demonstration(fields: dict[str, Any], expected: Example) -> None:
     assert demonstration(row(**fields), "chosen") == expected
@@ -62,16 +74,26 @@ def test_demonstration_can_take_the_rejected_side() -> None:
     [
         ({"prompt": "p", "chosen": "good", "rejected": "bad"}, Example("p", "good", "bad")),
         ({"prompt": "p", "chosen": "good", "rejected": "bad", "margin": 2}, Example("p", "good", "bad", 2.0)),
-        ({"chosen": HUMAN + " In Norway.", "rejected": HUMAN + " No idea."},
-         Example(HUMAN, " In Norway.", " No idea.")),
-        ({"chosen": [*CHAT, said("In Norway.")], "rejected": [*CHAT, said("No idea.")]},
-         Example(CHAT, "In Norway.", "No idea.")),
-        ({"prompt": CHAT, "chosen": [said("In Norway.")], "rejected": [said("No idea.")]},
-         Example(CHAT, "In Norway.", "No idea.")),
-        ({"prompt": "p", "chosen": [*CHAT, said("In Norway.")], "rejected": [*CHAT, said("No idea.")]},
-         Example("p", "In Norway.", "No idea.")),
-        ({"instruction": "Add.", "input": "1 2", "chosen": "It is 3.", "rejected": "3!"},
-         Example(WITH_INPUT, "It is 3.", "3!")),
+        (
+            {"chosen": HUMAN + " In Norway.", "rejected": HUMAN + " No idea."},
+            Example(HUMAN, " In Norway.", " No idea."),
+        ),
+        (
+            {"chosen": [*CHAT, said("In Norway.")], "rejected": [*CHAT, said("No idea.")]},
+            Example(CHAT, "In Norway.", "No idea."),
+        ),
+        (
+            {"prompt": CHAT, "chosen": [said("In Norway.")], "rejected": [said("No idea.")]},
+            Example(CHAT, "In Norway.", "No idea."),
+        ),
+        (
+            {"prompt": "p", "chosen": [*CHAT, said("In Norway.")], "rejected": [*CHAT, said("No idea.")]},
+            Example("p", "In Norway.", "No idea."),
+        ),
+        (
+            {"instruction": "Add.", "input": "1 2", "chosen": "It is 3.", "rejected": "3!"},
+            Example(WITH_INPUT, "It is 3.", "3!"),
+        ),
     ],
     ids=["explicit", "margin", "HH-RLHF", "message lists", "messages apart", "prompt beside message lists", "Alpaca"],
 )
@@ -87,18 +109,31 @@ def test_preference(fields: dict[str, Any], expected: Example) -> None:
         ({"prompt": "p", "completion": "c"}, "p"),
         ({"instruction": "Add.", "input": "1 2", "output": "3"}, WITH_INPUT),
         ({"messages": [*CHAT, said("In Norway.")]}, CHAT),
+        ({"messages": CHAT}, CHAT),
         ({"chosen": HUMAN + " In Norway.", "rejected": HUMAN + " In Norway."}, HUMAN),
         ({"chosen": [*CHAT, said("a")], "rejected": [*CHAT, said("b")]}, CHAT),
     ],
-    ids=["prompt", "messages as prompt", "more than a prompt", "Alpaca", "messages", "HH-RLHF", "message lists"],
+    ids=[
+        "prompt",
+        "messages as prompt",
+        "more than a prompt",
+        "Alpaca",
+        "messages",
+        "messages without a reply",
+        "HH-RLHF",
+        "message lists",
+    ],
 )
 def test_prompt_only(fields: dict[str, Any], expected: Any) -> None:
     assert prompt_only(row(**fields)) == Example(expected)
 
 
 def test_a_row_has_one_prompt_whichever_stage_reads_it() -> None:
-    for fields in ({"chosen": HUMAN + " a", "rejected": HUMAN + " b"}, {"prompt": "p", "chosen": "a", "rejected": "b"},
-                   {"chosen": [*CHAT, said("a")], "rejected": [*CHAT, said("b")]}):
+    for fields in (
+        {"chosen": HUMAN + " a", "rejected": HUMAN + " b"},
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"chosen": [*CHAT, said("a")], "rejected": [*CHAT, said("b")]},
+    ):
         read = [demonstration(row(**fields), "chosen"), preference(row(**fields)), prompt_only(row(**fields))]
         assert read[0].prompt == read[1].prompt == read[2].prompt
 
@@ -125,6 +160,7 @@ OTHER = HUMAN.replace("Oslo", "Rome")
         (prompt_only, {"chosen": HUMAN + " a", "rejected": OTHER + " b"}, "answer different prompts"),
         (chosen_side, {"prompt": "p", "completion": "  "}, "empty reply"),
         (chosen_side, {"messages": [ASKED, said("")]}, "empty reply"),
+        (chosen_side, {"messages": [said("Hello!"), ASKED]}, "last message is not the assistant's"),
         (chosen_side, {"chosen": HUMAN + " a", "rejected": OTHER + " b"}, "answer different prompts"),
     ],
 )
@@ -140,6 +176,11 @@ def test_unusable_row_is_skipped_with_its_reason(reader: Reader, fields: dict[st
         (preference, {"prompt": "p", "chosen": "a", "rejected": None}, ["expected chosen and rejected"]),
         (preference, {"prompt": "p", "chosen": "a", "rejected": 3}, ["a reply is int", "text or a list of messages"]),
         (preference, {"chosen": "a", "rejected": "b"}, ["fields found: chosen, rejected", "Assistant:"]),
+        (
+            preference,
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "much"},
+            ["the margin is 'much'", "a number"],
+        ),
         (preference, {"chosen": [], "rejected": []}, ["`chosen` is not a list of messages"]),
         (chosen_side, {"question": "q", "answer": "a"}, ["fields found: answer, question", "instruction and output"]),
         (chosen_side, {"prompt": "p"}, ["fields found: prompt", "prompt and completion"]),

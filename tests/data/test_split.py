@@ -108,6 +108,19 @@ def test_each_path_is_cut_on_its_own(tmp_path: Path, make_recipe: Maker) -> None
     assert prompts(load(recipe, "reward")) == {"b", "e"}  # [0, 0.4) of rows.jsonl
 
 
+def test_two_sources_of_one_path_take_shares_one_after_the_other(tmp_path: Path, make_recipe: Maker) -> None:
+    write_rows(tmp_path, PLACES)
+    both = [{"path": "rows.jsonl", "share": 0.2}, {"path": "rows.jsonl", "share": 0.4, "take": "rejected"}]
+    recipe = make_recipe(
+        holdout=0.2,
+        sft={"data": both},
+        reward={"data": [{"path": "rows.jsonl", "share": 0.2}]},
+        ppo={"prompts": [{"path": "rows.jsonl", "share": 0.2}]},
+    )
+    assert [(e.prompt, e.chosen) for e in load(recipe, "sft").train] == [("b", "good"), ("e", "good"), ("h", "bad")]
+    assert prompts(load(recipe, "reward")) == {"a", "g"}
+
+
 def test_holdout_of_nothing(tmp_path: Path, make_recipe: Maker) -> None:
     write_rows(tmp_path, PLACES)
     split = load(make_recipe(holdout=0.0, sft={"data": [{"path": "rows.jsonl"}]}), "sft")

@@ -20,8 +20,15 @@ def _loop(recipe: str, run_dir: str, overrides: list[str]) -> Any:
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     held: list[Any] = []
-    stage.execute(lambda context: held.append(prepare(context, cast(Ppo, context.block))), recipe, "ppo", Path(run_dir),
-                  [*overrides, f"deepspeed.num_gpus={world}"], rank, world)
+    stage.execute(
+        lambda context: held.append(prepare(context, cast(Ppo, context.block))),
+        recipe,
+        "ppo",
+        Path(run_dir),
+        [*overrides, f"deepspeed.num_gpus={world}"],
+        rank,
+        world,
+    )
     return held[0].loop
 
 
@@ -32,8 +39,11 @@ def _weights(loop: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in loop.engine.module.named_parameters():
         if parameter.requires_grad:
-            master = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id") \
+            master = (
+                safe_get_full_fp32_param(parameter)
+                if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
                 else None
+            )
             found[name] = (parameter.detach() if master is None else master).float().cpu().clone()
     return found
 
@@ -50,7 +60,10 @@ def one_update(recipe: str, run_dir: str, overrides: list[str], target: str) -> 
     after = _weights(loop)
     if dist.get_rank() == 0:
         change = {name: after[name] - before[name] for name in before}
-        tokens = [batch.tokens[i, : int(batch.prompt_lengths[i] + batch.lengths[i])].tolist() for i in range(len(batch.lengths))]
+        tokens = [
+            batch.tokens[i, : int(batch.prompt_lengths[i] + batch.lengths[i])].tolist()
+            for i in range(len(batch.lengths))
+        ]
         torch.save({"tokens": tokens, "change": change, "advantages": batch.advantages, "after": after}, target)
     barrier()
     return stats
@@ -63,10 +76,12 @@ def _master(loop: Any, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, dic
     optimizer = loop.engine.optimizer
     if hasattr(optimizer, "fp32_groups"):  # ZeRO-0: whole masters beside the bf16 parameters
         for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for l, h in zip(low, high, strict=True):
-                if l is parameter:
-                    states = optimizer.optimizer.state[h]
-                    return h.detach().clone(), {k: str(states[k].dtype) for k in ("exp_avg", "exp_avg_sq") if k in states}
+            for light, heavy in zip(low, high, strict=True):
+                if light is parameter:
+                    states = optimizer.optimizer.state[heavy]
+                    return heavy.detach().clone(), {
+                        k: str(states[k].dtype) for k in ("exp_avg", "exp_avg_sq") if k in states
+                    }
     states = {k: safe_get_full_optimizer_state(parameter, k) for k in ("exp_avg", "exp_avg_sq")}
     return safe_get_full_fp32_param(parameter).clone(), {k: str(v.dtype) for k, v in states.items() if v is not None}
 
@@ -84,8 +99,13 @@ def master_weights(recipe: str, run_dir: str, overrides: list[str], updates: int
     for _ in range(updates):
         loop.update(batch, 0)
     after, states = _master(loop, parameter)
-    return {"weight": str(parameter.dtype), "master": str(after.dtype), "states": states,
-            "moved": float((after - before).abs().max()), "size": float(before.abs().max())}
+    return {
+        "weight": str(parameter.dtype),
+        "master": str(after.dtype),
+        "states": states,
+        "moved": float((after - before).abs().max()),
+        "size": float(before.abs().max()),
+    }
 
 
 def role_scaling(recipe: str, run_dir: str, overrides: list[str], factor: float) -> dict[str, Any]:
@@ -105,8 +125,10 @@ def role_scaling(recipe: str, run_dir: str, overrides: list[str], factor: float)
         train.value_loss = original
     after = _weights(loop)
     policy = {n: (after[n] - before[n]).double() for n in before if n.endswith(".policy.weight")}
-    return {"policy": [float(sum(c.pow(2).sum() for c in policy.values())), float(sum(c.sum() for c in policy.values()))],
-            "norms": [stats["grad_norm/policy"], stats["grad_norm/critic"]]}
+    return {
+        "policy": [float(sum(c.pow(2).sum() for c in policy.values())), float(sum(c.sum() for c in policy.values()))],
+        "norms": [stats["grad_norm/policy"], stats["grad_norm/critic"]],
+    }
 
 
 def run_stage(recipe: str, stage: str, run_dir: str, overrides: list[str] | None = None) -> str:
@@ -122,8 +144,15 @@ def opens_plainly(recipe: str, run_dir: str, overrides: list[str] | None = None)
 
     world = int(os.environ["WORLD_SIZE"])
     found: dict[str, float] = {}
-    stage.execute(lambda context: found.update(_compare(context)), recipe, "ppo", Path(run_dir),
-                  [*(overrides or []), f"deepspeed.num_gpus={world}"], int(os.environ["RANK"]), world)
+    stage.execute(
+        lambda context: found.update(_compare(context)),
+        recipe,
+        "ppo",
+        Path(run_dir),
+        [*(overrides or []), f"deepspeed.num_gpus={world}"],
+        int(os.environ["RANK"]),
+        world,
+    )
     return found
 
 
@@ -137,8 +166,11 @@ def _compare(context: Any) -> dict[str, float]:
     tok = tokenizer(str(batons["sft"].path))
     text = tok("Anna visits the palace. What does she see?\nShe sees an old mirror.")["input_ids"] + [tok.eos_token_id]
     tokens, prompt = torch.tensor([text]), torch.tensor([10])
-    parts = {"sft": speaking(context, batons["sft"]), "ppo": speaking(context, batons["ppo"]),
-             "reward": scoring(batons["reward"], context.block.base)}
+    parts = {
+        "sft": speaking(context, batons["sft"]),
+        "ppo": speaking(context, batons["ppo"]),
+        "reward": scoring(batons["reward"], context.block.base),
+    }
     roles = assemble(context, parts, tok, sharded=False)
     differences = {}
     with roles.evaluating():
@@ -163,8 +195,12 @@ def _plain(baton: Any, base: Any, kind: str) -> Any:
     options: dict[str, Any] = {"dtype": dtype, **({"num_labels": 1} if kind == "classifier" else {})}
     if base.quantization and baton.is_adapter:
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", "score"])
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", "score"],
+        )
     if not baton.is_adapter:
         return auto.from_pretrained(baton.path, **options).eval()
     return PeftModel.from_pretrained(auto.from_pretrained(baton.base, **options), baton.path).eval()

@@ -19,8 +19,20 @@ METHODS: dict[str, dict[str, str]] = {
     "qlora": {"adapter__method": "lora", "base__quantization": "nf4", "base__dtype": "bf16"},
     "full": {"adapter__method": "full"},
 }
-SUBSET = [("lora", 0, 1), ("lora", 1, 2), ("lora", 2, 1), ("lora", 3, 2), ("qlora", 0, 2), ("qlora", 1, 1), ("qlora", 2, 2),
-          ("qlora", 3, 1), ("full", 0, 1), ("full", 1, 2), ("full", 2, 2), ("full", 3, 1)]
+SUBSET = [
+    ("lora", 0, 1),
+    ("lora", 1, 2),
+    ("lora", 2, 1),
+    ("lora", 3, 2),
+    ("qlora", 0, 2),
+    ("qlora", 1, 1),
+    ("qlora", 2, 2),
+    ("qlora", 3, 1),
+    ("full", 0, 1),
+    ("full", 1, 2),
+    ("full", 2, 2),
+    ("full", 3, 1),
+]
 TOLERANCE = {"lora": 2e-5, "full": 2e-5, "qlora": 0.05}
 """QLoRA computes in bf16, where one rounding of a logit of this size is about 0.03."""
 
@@ -34,7 +46,9 @@ def test_subset_covers_every_pair() -> None:
 
 
 @pytest.mark.parametrize(("method", "zero", "world"), sorted(SUBSET, key=lambda case: case[2]))
-def test_chain(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path, method: str, zero: int, world: int) -> None:
+def test_chain(
+    ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path, method: str, zero: int, world: int
+) -> None:
     recipe = str(tiny.recipe(tmp_path / "tiny.yaml", tiny_llama, deepspeed__config=f"zero{zero}", **METHODS[method]))
     run = str(tmp_path / "run")
     hashes = ranks(world).call("tests.support.stages:chain", recipe=recipe, run_dir=run)

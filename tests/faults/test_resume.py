@@ -17,16 +17,30 @@ import pytest
 from tests.support import tiny
 from tests.support.session import Ranks
 
-SLOW = {"stages__sft__steps": 40, "stages__reward__steps": 40, "stages__ppo__steps": 20, "stages__sft__save_every": 5,
-        "stages__reward__save_every": 5, "stages__ppo__save_every": 4, "adapter__dropout": 0.1,
-        "stages__sft__eval_every": 10, "stages__sft__publish": "best", "stages__ppo__eval_every": 4,
-        "stages__ppo__publish": "best", "stages__ppo__kl": {"coef": 0.1, "target": 1.0, "horizon": 100}}
+SLOW = {
+    "stages__sft__steps": 40,
+    "stages__reward__steps": 40,
+    "stages__ppo__steps": 20,
+    "stages__sft__save_every": 5,
+    "stages__reward__save_every": 5,
+    "stages__ppo__save_every": 4,
+    "adapter__dropout": 0.1,
+    "stages__sft__eval_every": 10,
+    "stages__sft__publish": "best",
+    "stages__ppo__eval_every": 4,
+    "stages__ppo__publish": "best",
+    "stages__ppo__kl": {"coef": 0.1, "target": 1.0, "horizon": 100},
+}
 
 
 def start(recipe: Path, run: Path) -> subprocess.Popen[str]:
     relay = Path(sys.executable).parent / "relay"
-    return subprocess.Popen([str(relay), "run", str(recipe), "--run-dir", str(run)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [str(relay), "run", str(recipe), "--run-dir", str(run)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def wait_for_step(run: Path, stage: str, step: int, process: subprocess.Popen[str], timeout: float = 120.0) -> None:
@@ -37,7 +51,9 @@ def wait_for_step(run: Path, stage: str, step: int, process: subprocess.Popen[st
             lines = metrics.read_text().splitlines()
             if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
                 return
-        assert process.poll() is None, f"{stage} ended before step {step}:\n{process.stdout.read() if process.stdout else ''}"
+        assert process.poll() is None, (
+            f"{stage} ended before step {step}:\n{process.stdout.read() if process.stdout else ''}"
+        )
         time.sleep(0.02)
     raise AssertionError(f"{stage} did not reach step {step}")
 
@@ -47,8 +63,12 @@ def ranks_of(run: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        if str(run) in line and "-m" in line and any(a.startswith("stages.") for a in line) and \
-                "deepspeed.launcher.launch" not in line:
+        if (
+            str(run) in line
+            and "-m" in line
+            and any(a.startswith("stages.") for a in line)
+            and "deepspeed.launcher.launch" not in line
+        ):
             found.append(process)
     return sorted(found, key=lambda p: next(a for a in p.info["cmdline"] if a.startswith("--local_rank")))
 
@@ -90,5 +110,7 @@ def test_killed_in_every_stage(ranks: Callable[[int], Ranks], tiny_llama: Path, 
     assert process.returncode == 0, output
     for stage in ("sft", "reward", "ppo"):
         assert_same_files(run, undisturbed, stage)
-    steps = [json.loads(line)["step"] for line in (run / "ppo" / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+    steps = [
+        json.loads(line)["step"] for line in (run / "ppo" / "metrics.jsonl").read_text().splitlines() if "loss" in line
+    ]
     assert steps == list(range(1, 21)), "metrics must read as one undisturbed run"

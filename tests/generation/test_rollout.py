@@ -102,8 +102,10 @@ def test_neighbours_are_independent(other: str) -> None:
     zero, numbers = torch.zeros(20000, dtype=torch.int64), torch.arange(20000)
     first = at_position(keys(0, 0, numbers, zero), 0)
     second = {
-        "position": at_position(keys(0, 0, numbers, zero), 1), "sample": at_position(keys(0, 0, numbers, zero + 1), 0),
-        "prompt": at_position(keys(0, 0, numbers + 1, zero), 0), "step": at_position(keys(0, 1, numbers, zero), 0),
+        "position": at_position(keys(0, 0, numbers, zero), 1),
+        "sample": at_position(keys(0, 0, numbers, zero + 1), 0),
+        "prompt": at_position(keys(0, 0, numbers + 1, zero), 0),
+        "step": at_position(keys(0, 1, numbers, zero), 0),
         "seed": at_position(keys(1, 0, numbers, zero), 0),
     }[other]
     logits = torch.randn(10, generator=torch.Generator().manual_seed(2)) * 0.5
@@ -117,8 +119,14 @@ def test_keys_do_not_repeat() -> None:
     """Over 2 seeds x 4 steps x 64 prompts x 4 samples x 16 positions."""
     prompts = torch.arange(64).repeat_interleave(4)
     samples = torch.arange(4).repeat(64)
-    found = torch.cat([at_position(keys(seed, step, prompts, samples), position)
-                       for seed in range(2) for step in range(4) for position in range(16)])
+    found = torch.cat(
+        [
+            at_position(keys(seed, step, prompts, samples), position)
+            for seed in range(2)
+            for step in range(4)
+            for position in range(16)
+        ]
+    )
     assert len(torch.unique(found)) == len(found) == 32768
     assert int(found.min()) >= 0
     assert int(found.max()) < 2**32
@@ -157,8 +165,13 @@ def test_pack_cuts_after_the_first_eos() -> None:
 
 def test_mask_comes_from_lengths_and_not_from_tokens() -> None:
     """A reply may hold the pad token's id."""
-    rollout = Rollout(tokens=torch.zeros(2, 4, dtype=torch.int64), prompt_lengths=torch.tensor([1, 1]),
-                      lengths=torch.tensor([3, 1]), logprobs=torch.zeros(2, 3), ended=torch.tensor([False, True]))
+    rollout = Rollout(
+        tokens=torch.zeros(2, 4, dtype=torch.int64),
+        prompt_lengths=torch.tensor([1, 1]),
+        lengths=torch.tensor([3, 1]),
+        logprobs=torch.zeros(2, 3),
+        ended=torch.tensor([False, True]),
+    )
     assert rollout.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert rollout.mask.dtype == torch.float32
     assert pack([[3]], torch.tensor([[0, 0, 4]]), torch.zeros(1, 3), EOS, PAD).lengths.tolist() == [3]
@@ -168,7 +181,8 @@ def test_mask_comes_from_lengths_and_not_from_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(0, 1.0), (5, 1.0), (1, 1.0), (500, 1.0), (0, 0.8), (0, 0.01), (20, 0.5), (3, 0.99)])
+    ("top_k", "top_p"), [(0, 1.0), (5, 1.0), (1, 1.0), (500, 1.0), (0, 0.8), (0, 0.01), (20, 0.5), (3, 0.99)]
+)
 def test_truncated_against_numpy(top_k: int, top_p: float) -> None:
     logits = torch.randn(40, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2
     logprobs = torch.log_softmax(logits, -1)
@@ -191,9 +205,19 @@ def test_truncated_against_numpy(top_k: int, top_p: float) -> None:
 def model() -> Any:
     """A random Llama of two layers whose next-token distribution is far from flat."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-                         initializer_range=0.25, pad_token_id=PAD, eos_token_id=EOS[0], bos_token_id=2)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.25,
+        pad_token_id=PAD,
+        eos_token_id=EOS[0],
+        bos_token_id=2,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -255,8 +279,14 @@ def test_equal_prompts_with_their_own_keys_differ(model: Any) -> None:
 def test_without_keys_it_is_greedy_decoding(model: Any) -> None:
     rollout = run(model, PROMPTS, None)
     for row, prompt in enumerate(PROMPTS):
-        expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                                  do_sample=False, max_new_tokens=16, eos_token_id=EOS, pad_token_id=PAD)
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=16,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )
         assert rollout.response(row) == expected[0, len(prompt) :].tolist()
 
 
@@ -299,13 +329,17 @@ def test_first_tokens_follow_the_tempered_distribution(model: Any) -> None:
     assert chi_square(np.append(counts[likely], counts[~likely].sum()), pooled) < limit(len(pooled) - 1)
 
 
-LEAKS = pytest.mark.xfail(strict=True, reason="generate fills what the given config leaves open from the model's own")
-
-
-@pytest.mark.parametrize("wish", [
-    pytest.param({"repetition_penalty": 1.3}, marks=LEAKS), pytest.param({"no_repeat_ngram_size": 2}, marks=LEAKS),
-    pytest.param({"min_new_tokens": 12}, marks=LEAKS), pytest.param({"suppress_tokens": [20, 25]}, marks=LEAKS),
-    pytest.param({"num_beams": 2}, marks=LEAKS), {"do_sample": True, "temperature": 0.3, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    "wish",
+    [
+        pytest.param({"repetition_penalty": 1.3}),
+        pytest.param({"no_repeat_ngram_size": 2}),
+        pytest.param({"min_new_tokens": 12}),
+        pytest.param({"suppress_tokens": [20, 25]}),
+        pytest.param({"num_beams": 2}),
+        {"do_sample": True, "temperature": 0.3, "top_p": 0.5},
+    ],
+)
 def test_the_model_s_own_generation_wishes_do_not_count(model: Any, wish: dict[str, Any]) -> None:
     """Instruct models ship a generation_config.json (Qwen2.5: repetition_penalty 1.05); the recipe alone decides."""
     expected = run(model, PROMPTS, row_keys(5))

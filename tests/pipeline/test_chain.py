@@ -118,7 +118,9 @@ def test_inherited_keys_count(project: Path, run_dir: Path) -> None:
     changed = states(recipe(project, "adapter.r=8", "seed=3"), run_dir)
     assert changed == ["changed: adapter.r 16 -> 8, seed 0 -> 3", "waits for sft"]
     assert states(recipe(project, "stages.again.deepspeed.config=zero2"), run_dir) == [
-        "done", "changed: deepspeed.config zero0 -> zero2"]
+        "done",
+        "changed: deepspeed.config zero0 -> zero2",
+    ]
 
 
 def test_many_changes_are_cut(project: Path, run_dir: Path) -> None:
@@ -217,8 +219,13 @@ def test_from_runs_a_stage_and_its_downstream_again(fan: Recipe) -> None:
     assert chain.redo(fan, "evaluate") == {"evaluate"}
 
 
-@pytest.mark.parametrize(("select", "option"), [(lambda r: chain.selection(r, "stf", None), "--from stf"),
-                                                (lambda r: chain.selection(r, None, "stf"), "--until stf")])
+@pytest.mark.parametrize(
+    ("select", "option"),
+    [
+        (lambda r: chain.selection(r, "stf", None), "--from stf"),
+        (lambda r: chain.selection(r, None, "stf"), "--until stf"),
+    ],
+)
 def test_unknown_stages_are_refused(fan: Recipe, select: Callable[[Recipe], list[str]], option: str) -> None:
     with pytest.raises(UserError, match=f"{option}: no such stage\n  expected one of: .*sft"):
         select(fan)

@@ -34,7 +34,8 @@ REFERENCES: dict[str, Callable[[torch.optim.Optimizer, int, int], Any]] = {
 @pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize(
     ("warmup", "total", "steps"),
-    [(0, 40, 0), (5, 40, 5), (0.1, 40, 4), (0.03, 33, 1), (40, 40, 40), (99, 40, 99), (0.5, 1, 1), (0, 1, 0)])
+    [(0, 40, 0), (5, 40, 5), (0.1, 40, 4), (0.03, 33, 1), (40, 40, 40), (99, 40, 99), (0.5, 1, 1), (0, 1, 0)],
+)
 def test_schedules_are_those_of_transformers(name: Any, warmup: float, total: int, steps: int) -> None:
     """At every step."""
     schedule = Schedule(lr_schedule=name, warmup=warmup)
@@ -55,15 +56,31 @@ def test_schedule_by_hand() -> None:
 
 
 def test_overlay_lays_the_recipe_s_keys() -> None:
-    config = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 4,
-              "gradient_clipping": 5.0, "bf16": {"enabled": True}, "fp16": {"enabled": False}, "steps_per_print": 7,
-              "optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}
+    config = {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 5.0,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "steps_per_print": 7,
+        "optimizer": {"type": "AdamW"},
+        "scheduler": {"type": "WarmupLR"},
+        "zero_optimization": {"stage": 2},
+    }
     before = copy.deepcopy(config)
     found = engine.overlay(config, dtype="fp16", micro_batch=2, accumulation=3, max_grad_norm=0.5)
     assert config == before
-    assert found == {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "gradient_clipping": 0.5,
-                     "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 7,
-                     "fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    assert found == {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 7,
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+    }
 
 
 @pytest.mark.parametrize(("dtype", "block"), [("fp32", set()), ("bf16", {"bf16"}), ("fp16", {"fp16"})])
@@ -74,9 +91,16 @@ def test_overlay_switches_one_dtype_on(dtype: Any, block: set[str]) -> None:
 
 
 def test_overlay_drops_auto_at_any_depth() -> None:
-    config = {"gradient_clipping": "auto", "train_batch_size": "auto", "wall_clock_breakdown": "auto",
-              "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu",
-                                                                                               "buffer_size": "auto"}}}
+    config = {
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "wall_clock_breakdown": "auto",
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": "auto",
+            "offload_param": {"device": "cpu", "buffer_size": "auto"},
+        },
+    }
     found = engine.overlay(config, dtype="bf16", micro_batch=1, accumulation=1, max_grad_norm=1.0)
     assert "auto" not in json.dumps(found)
     assert found["zero_optimization"] == {"stage": 3, "offload_param": {"device": "cpu"}}
@@ -109,7 +133,9 @@ def test_shipped_configurations_are_complete(path: Path) -> None:
 def read(folder: Path, config: str) -> dict[str, Any]:
     (folder / "r.yaml").write_text(
         f"name: r\nbase: {{model: base}}\ndeepspeed: {{config: {config}}}\n"
-        "stages: {sft: {kind: sft, data: [{path: d.jsonl}], lr: 1.0e-3}}\n", encoding="utf-8")
+        "stages: {sft: {kind: sft, data: [{path: d.jsonl}], lr: 1.0e-3}}\n",
+        encoding="utf-8",
+    )
     return engine.read_config(load(folder / "r.yaml"), "sft")
 
 
@@ -134,8 +160,13 @@ def test_a_missing_or_broken_configuration_is_told(tmp_path: Path) -> None:
 def update(critic_scale: float, limit: float) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """One SGD step of a policy and a critic with gradients (3, 4) and `critic_scale` x (3, 4)."""
     policy, critic = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
-    optimizer = torch.optim.SGD([{"params": [policy], "name": "policy", "max_grad_norm": limit},
-                                 {"params": [critic], "name": "critic", "max_grad_norm": limit}], lr=1.0)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [policy], "name": "policy", "max_grad_norm": limit},
+            {"params": [critic], "name": "critic", "max_grad_norm": limit},
+        ],
+        lr=1.0,
+    )
     clipping = engine.RoleClipping(optimizer, partitioned=False)
     policy.grad, critic.grad = torch.tensor([3.0, 4.0]), critic_scale * torch.tensor([3.0, 4.0])
     optimizer.step()

@@ -30,8 +30,13 @@ def need(folder: Path, stage: str, model: str, **changes: Any) -> Need:
         "sft": {"kind": "sft", "lr": 1e-4, "data": [{"path": "d"}]},
         "reward": {"kind": "reward", "lr": 1e-4, "data": [{"path": "d"}]},
         "ppo": {"kind": "ppo", "policy": "sft", "reward": "reward", "lr": 1e-5, "steps": 1, "prompts": [{"path": "d"}]},
-        "evaluate": {"kind": "evaluate", "model": "ppo", "against": "sft", "reward": ["reward"],
-                     "prompts": [{"path": "d"}]},
+        "evaluate": {
+            "kind": "evaluate",
+            "model": "ppo",
+            "against": "sft",
+            "reward": ["reward"],
+            "prompts": [{"path": "d"}],
+        },
     }
     for name in stages:
         stages[name] |= changes.pop(name, {})
@@ -46,13 +51,42 @@ def need(folder: Path, stage: str, model: str, **changes: Any) -> Need:
     [
         # As counted by transformers for the models of these names on the hub.
         ({"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12}, 124_439_808),
-        ({"model_type": "gpt_neox", "vocab_size": 50304, "hidden_size": 512, "intermediate_size": 2048,
-          "num_hidden_layers": 6}, 70_426_624),
-        ({"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
-          "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-          "tie_word_embeddings": True}, 596_049_920),
-        ({"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-          "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}, 7_241_732_096),
+        (
+            {
+                "model_type": "gpt_neox",
+                "vocab_size": 50304,
+                "hidden_size": 512,
+                "intermediate_size": 2048,
+                "num_hidden_layers": 6,
+            },
+            70_426_624,
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "vocab_size": 151936,
+                "hidden_size": 1024,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "tie_word_embeddings": True,
+            },
+            596_049_920,
+        ),
+        (
+            {
+                "model_type": "mistral",
+                "vocab_size": 32000,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+            },
+            7_241_732_096,
+        ),
     ],
     ids=["gpt2", "pythia-70m", "Qwen3-0.6B", "Mistral-7B"],
 )
@@ -73,8 +107,13 @@ def test_lora_counts_only_the_layers_it_targets() -> None:
 
 def test_qlora_stage_by_hand(tmp_path: Path) -> None:
     """Llama-3-8B in 4 bits on 8 ranks: the weights on each, gradients and states of the adapter shared out."""
-    found = need(tmp_path, "sft", LLAMA, base={"model": LLAMA, "quantization": "nf4"},
-                 deepspeed={"config": "zero2", "num_gpus": 8})
+    found = need(
+        tmp_path,
+        "sft",
+        LLAMA,
+        base={"model": LLAMA, "quantization": "nf4"},
+        deepspeed={"config": "zero2", "num_gpus": 8},
+    )
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     trained = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     size = linear * 0.516 + (LLAMA_ALL - linear) * 2 + trained * 2 + trained * (2 + 12) / 8
@@ -146,8 +185,10 @@ def test_zero_stage_decides_what_is_sharded(config: str, size: float, tmp_path: 
 
 def test_deepspeed_file_of_ones_own_counts_as_what_it_says(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
-    sizes = [need(tmp_path, "sft", OPT, adapter={"method": "full"}, deepspeed={"config": config, "num_gpus": 2}).gib
-             for config in ("mine.json", "zero3")]
+    sizes = [
+        need(tmp_path, "sft", OPT, adapter={"method": "full"}, deepspeed={"config": config, "num_gpus": 2}).gib
+        for config in ("mine.json", "zero3")
+    ]
     assert sizes[0] == sizes[1]
 
 

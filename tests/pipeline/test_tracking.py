@@ -16,7 +16,6 @@ from pipeline.tracking import Tracker
 
 pytestmark = pytest.mark.fast
 
-NO_ID = pytest.mark.xfail(strict=True, reason="wandb 0.31 has no wandb.util.generate_id: W&B never starts")
 SAMPLE = {"prompt": "Why?", "reply": "Because.", "score": 1.5, "kl": 0.25}
 
 
@@ -33,8 +32,16 @@ def _stop_wandb() -> Iterator[None]:
 
 
 def tracker(folder: Path, *, resume: int = 0, enabled: bool = True, **tracking: Any) -> Tracker:
-    return Tracker(folder, Tracking(**tracking), run="hh", stage="sft", config={"lr": 0.1}, total_steps=10,
-                   resume_step=resume, enabled=enabled)
+    return Tracker(
+        folder,
+        Tracking(**tracking),
+        run="hh",
+        stage="sft",
+        config={"lr": 0.1},
+        total_steps=10,
+        resume_step=resume,
+        enabled=enabled,
+    )
 
 
 def log(folder: Path, first: int, last: int, *, resume: int = 0, **tracking: Any) -> None:
@@ -89,7 +96,6 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="rows are decoded before torn ones are dropped")
 def test_a_line_torn_inside_a_character_is_dropped(tmp_path: Path) -> None:
     """Samples are written in UTF-8; a kill may leave half of a character."""
     log(tmp_path, 1, 2)
@@ -99,7 +105,6 @@ def test_a_line_torn_inside_a_character_is_dropped(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path, "samples.jsonl")] == [1, 2, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="str.splitlines also splits at U+2028, U+2029 and U+0085, unlike JSON")
 def test_a_reply_with_unicode_line_separators_survives_a_resume(tmp_path: Path) -> None:
     reply = "one\u2028two\u2029three\u0085four"
     with tracker(tmp_path) as stream:
@@ -146,7 +151,6 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path) -> None:
     assert [step for step, _ in curve(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is purged when the stage starts again from step 0")
 def test_tensorboard_shows_a_restarted_run_as_one(tmp_path: Path) -> None:
     """Killed before the first checkpoint, or run again by a changed recipe."""
     log(tmp_path, 1, 5, tensorboard=True)
@@ -157,7 +161,6 @@ def test_tensorboard_shows_a_restarted_run_as_one(tmp_path: Path) -> None:
 # W&B.
 
 
-@NO_ID
 def test_wandb_offline_writes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     real = wandb.init
@@ -174,7 +177,12 @@ def test_wandb_offline_writes_its_run(tmp_path: Path, monkeypatch: pytest.Monkey
     written = files[0].read_bytes()
     assert b"loss" in written
     assert [given[key] for key in ("project", "group", "job_type", "name", "config")] == [
-        "relay", "hh", "sft", "hh/sft", {"lr": 0.1}]
+        "relay",
+        "hh",
+        "sft",
+        "hh/sft",
+        {"lr": 0.1},
+    ]
     assert len(rows(tmp_path)) == 2
 
 
@@ -194,7 +202,6 @@ class Run:
         self.finished = True
 
 
-@NO_ID
 def test_a_resumed_stage_continues_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids: list[str] = []
 
@@ -210,7 +217,6 @@ def test_a_resumed_stage_continues_its_wandb_run(tmp_path: Path, monkeypatch: py
     assert len(set(ids)) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the old id is taken, and W&B drops steps up to the old run's last one")
 def test_a_stage_that_starts_again_gets_its_own_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids: list[str] = []
 
@@ -224,9 +230,9 @@ def test_a_stage_that_starts_again_gets_its_own_wandb_run(tmp_path: Path, monkey
     assert len(set(ids)) == 2
 
 
-@NO_ID
-def test_wandb_that_cannot_start_does_not_stop_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_wandb_that_cannot_start_does_not_stop_logging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def init(**settings: Any) -> None:
         raise wandb.errors.CommError("no server at that address\nand a long trace")
 
@@ -237,9 +243,9 @@ def test_wandb_that_cannot_start_does_not_stop_logging(tmp_path: Path, monkeypat
     assert capsys.readouterr().err.splitlines() == ["W&B is left out from here on: no server at that address"]
 
 
-@NO_ID
-def test_wandb_that_breaks_later_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_wandb_that_breaks_later_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run()
     monkeypatch.setattr(wandb, "init", lambda **settings: run)
     with tracker(tmp_path, wandb=Wandb()) as stream:

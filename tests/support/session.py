@@ -25,9 +25,23 @@ class Ranks:
         env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")])
         self.log = (folder / "log.txt").open("w")
         self.process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(world), "--master_port", str(free_port()),
-             "--log_level", "error", "--module", "tests.support.session", str(folder)],
-            env=env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+            [
+                str(Path(sys.executable).parent / "deepspeed"),
+                "--num_gpus",
+                str(world),
+                "--master_port",
+                str(free_port()),
+                "--log_level",
+                "error",
+                "--module",
+                "tests.support.session",
+                str(folder),
+            ],
+            env=env,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def call(self, function: str, timeout: float = 240.0, **arguments: Any) -> list[Any]:
         """Each rank's return value. Raises AssertionError with the first failing rank's traceback."""

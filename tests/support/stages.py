@@ -7,8 +7,12 @@ import importlib
 import os
 from pathlib import Path
 
-PROGRAMS = {"sft": "stages.sft:sft", "reward": "stages.reward:reward", "ppo": "stages.ppo.__main__:ppo",
-            "evaluate": "stages.evaluate.__main__:evaluate"}
+PROGRAMS = {
+    "sft": "stages.sft:sft",
+    "reward": "stages.reward:reward",
+    "ppo": "stages.ppo.__main__:ppo",
+    "evaluate": "stages.evaluate.__main__:evaluate",
+}
 
 
 def run(recipe: str, stage: str, run_dir: str, overrides: list[str] | None = None) -> str:
@@ -24,8 +28,15 @@ def run(recipe: str, stage: str, run_dir: str, overrides: list[str] | None = Non
     kind = load(recipe, [*(overrides or []), *ranks]).stages[stage].kind
     module, _, name = PROGRAMS[kind].partition(":")
     try:
-        execute(getattr(importlib.import_module(module), name), recipe, stage, Path(run_dir), [*(overrides or []), *ranks],
-                rank, world)
+        execute(
+            getattr(importlib.import_module(module), name),
+            recipe,
+            stage,
+            Path(run_dir),
+            [*(overrides or []), *ranks],
+            rank,
+            world,
+        )
     finally:
         AcceleratorState._reset_state()
         PartialState._reset_state()

@@ -11,17 +11,52 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "pipeline" / "recipes" / "quickstart"
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128},
-    "llama_small": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-                    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128},
-    "qwen2": {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128},
-    "opt": {"model_type": "opt", "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "max_position_embeddings": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    },
+    "llama_small": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    },
+    "qwen2": {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    },
+    "opt": {
+        "model_type": "opt",
+        "hidden_size": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 32,
+        "do_layer_norm_before": False,
+    },
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "gpt_neox": {"model_type": "gpt_neox", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                 "num_attention_heads": 4, "max_position_embeddings": 128},
+    "gpt_neox": {
+        "model_type": "gpt_neox",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
 }
 
 
@@ -32,8 +67,14 @@ def model(folder: Path, shape: str = "llama", seed: int = 0, **changes: Any) -> 
 
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
     values = {**SHAPES[shape], **changes}
-    config = AutoConfig.for_model(values.pop("model_type"), vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
-                                  eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id, **values)
+    config = AutoConfig.for_model(
+        values.pop("model_type"),
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        **values,
+    )
     torch.manual_seed(seed)
     built = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # HF initialises so small that every logit is near zero; make rows tell apart
@@ -54,14 +95,43 @@ def recipe(path: Path, base: Path, **changes: Any) -> Path:
         "deepspeed": {"config": "zero2", "num_gpus": 2},
         "data": {"holdout": 0.05},
         "stages": {
-            "sft": {"kind": "sft", "data": [{"path": str(QUICKSTART / "demonstrations.jsonl")}], "steps": 4, "batch": 8,
-                    "micro_batch": 2, "lr": 1e-2, "save_every": 2, "log_every": 1, "eval_rows": 16},
-            "reward": {"kind": "reward", "data": [{"path": str(QUICKSTART / "preferences.jsonl")}], "steps": 4, "batch": 8,
-                       "micro_batch": 2, "lr": 1e-2, "save_every": 2, "log_every": 1, "eval_rows": 16},
-            "ppo": {"kind": "ppo", "policy": "sft", "reward": "reward",
-                    "prompts": [{"path": str(QUICKSTART / "prompts.jsonl")}], "steps": 4, "rollout_batch": 8, "minibatches": 2,
-                    "micro_batch": 2, "epochs": 1, "lr": 1e-2, "save_every": 2, "eval_rows": 8,
-                    "sampling": {"max_prompt_length": 32, "max_response_length": 12}},
+            "sft": {
+                "kind": "sft",
+                "data": [{"path": str(QUICKSTART / "demonstrations.jsonl")}],
+                "steps": 4,
+                "batch": 8,
+                "micro_batch": 2,
+                "lr": 1e-2,
+                "save_every": 2,
+                "log_every": 1,
+                "eval_rows": 16,
+            },
+            "reward": {
+                "kind": "reward",
+                "data": [{"path": str(QUICKSTART / "preferences.jsonl")}],
+                "steps": 4,
+                "batch": 8,
+                "micro_batch": 2,
+                "lr": 1e-2,
+                "save_every": 2,
+                "log_every": 1,
+                "eval_rows": 16,
+            },
+            "ppo": {
+                "kind": "ppo",
+                "policy": "sft",
+                "reward": "reward",
+                "prompts": [{"path": str(QUICKSTART / "prompts.jsonl")}],
+                "steps": 4,
+                "rollout_batch": 8,
+                "minibatches": 2,
+                "micro_batch": 2,
+                "epochs": 1,
+                "lr": 1e-2,
+                "save_every": 2,
+                "eval_rows": 8,
+                "sampling": {"max_prompt_length": 32, "max_response_length": 12},
+            },
         },
     }
     for key, change in changes.items():

@@ -36,9 +36,18 @@ def golden() -> SimpleNamespace:
     lengths = mask.sum(1).long()
     scores = torch.tensor(raw["reward"])
     return SimpleNamespace(
-        raw=raw, scores=scores, clipped_scores=scores.clamp(-raw["clip_reward"], raw["clip_reward"]),
-        logprobs=response("logprobs"), reference=response("ref_logprobs"), values=response("values"),
-        new_logprobs=response("new_logprobs"), new_values=response("new_values"),
-        lengths=lengths, emitted=torch.clamp(lengths + 1, max=mask.shape[1]), mask=mask,
-        rewards=torch.tensor(raw["out"]["rewards"])[:, start:], advantages=torch.tensor(raw["out"]["advantages"]),
-        returns=torch.tensor(raw["out"]["returns"]))
+        raw=raw,
+        scores=scores,
+        clipped_scores=scores.clamp(-raw["clip_reward"], raw["clip_reward"]),
+        logprobs=response("logprobs"),
+        reference=response("ref_logprobs"),
+        values=response("values"),
+        new_logprobs=response("new_logprobs"),
+        new_values=response("new_values"),
+        lengths=lengths,
+        emitted=torch.clamp(lengths + 1, max=mask.shape[1]),
+        mask=mask,
+        rewards=torch.tensor(raw["out"]["rewards"])[:, start:],
+        advantages=torch.tensor(raw["out"]["advantages"]),
+        returns=torch.tensor(raw["out"]["returns"]),
+    )

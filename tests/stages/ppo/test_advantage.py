@@ -95,8 +95,9 @@ def test_deepspeed_chat_rewards_advantages_returns(golden: SimpleNamespace) -> N
     """
     beta, gamma, lam = (golden.raw[name] for name in ("kl_ctl", "gamma", "lam"))
     mask = mask_of(golden.emitted.tolist(), 6)
-    rewards = token_rewards(beta * estimate(golden.logprobs, golden.reference, "k1") * mask, golden.clipped_scores,
-                            golden.emitted, 1.0)
+    rewards = token_rewards(
+        beta * estimate(golden.logprobs, golden.reference, "k1") * mask, golden.clipped_scores, golden.emitted, 1.0
+    )
     torch.testing.assert_close(rewards, golden.rewards, rtol=0, atol=2e-6)
     advantages, returns = gae(rewards, golden.values, mask, gamma, lam)
     torch.testing.assert_close(advantages, golden.advantages, rtol=0, atol=5e-6)

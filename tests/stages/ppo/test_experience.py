@@ -19,8 +19,16 @@ pytestmark = pytest.mark.fast
 
 
 def block(**changed: Any) -> Ppo:
-    return Ppo(kind="ppo", base=Base(model="base"), policy="base", reward="reward", steps=1, lr=1e-5,
-               prompts=[Source(path="prompts.jsonl")], **changed)
+    return Ppo(
+        kind="ppo",
+        base=Base(model="base"),
+        policy="base",
+        reward="reward",
+        steps=1,
+        lr=1e-5,
+        prompts=[Source(path="prompts.jsonl")],
+        **changed,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +45,9 @@ def judged(golden: SimpleNamespace) -> Judged:
     tokens = torch.tensor(golden.raw["seq"])
     rollout = Rollout(tokens, torch.full((3,), golden.raw["P"]), golden.emitted, golden.logprobs, golden.lengths < 6)
     mask = rollout.mask
-    return Judged(rollout, golden.logprobs * mask, golden.reference * mask, golden.values * mask, torch.zeros(3, 6),
-                  golden.scores)
+    return Judged(
+        rollout, golden.logprobs * mask, golden.reference * mask, golden.values * mask, torch.zeros(3, 6), golden.scores
+    )
 
 
 def test_deepspeed_chat_batch_end_to_end(golden: SimpleNamespace, judged: Judged) -> None:
@@ -79,9 +88,19 @@ def test_rows_are_cut_to_the_longest_of_them() -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     index = torch.tensor([2, 0])
     batch = Experience(
-        tokens=torch.arange(21).reshape(3, 7), prompt_lengths=torch.tensor([3, 2, 1]), lengths=torch.tensor([2, 4, 3]),
-        ended=torch.tensor([True, False, True]), mask=whole, logprobs=whole, values=whole, kl=whole, advantages=whole,
-        returns=whole, entropy=whole, scores=torch.tensor([1.0, 2.0, 3.0]))
+        tokens=torch.arange(21).reshape(3, 7),
+        prompt_lengths=torch.tensor([3, 2, 1]),
+        lengths=torch.tensor([2, 4, 3]),
+        ended=torch.tensor([True, False, True]),
+        mask=whole,
+        logprobs=whole,
+        values=whole,
+        kl=whole,
+        advantages=whole,
+        returns=whole,
+        entropy=whole,
+        scores=torch.tensor([1.0, 2.0, 3.0]),
+    )
     rows = batch.rows(index)
     assert torch.equal(rows.tokens, batch.tokens[index, :5])
     assert torch.equal(rows.advantages, whole[index, :3])
