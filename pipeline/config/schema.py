@@ -119,7 +119,6 @@ class Training(Schedule):
     publish: Literal["best", "last"] = "last"
     save_every: Positive | None = None
     keep_checkpoints: Positive = 1
-    log_every: Positive = 10
 
     @model_validator(mode="after")
     def _evaluation_is_on_where_needed(self) -> Training:
@@ -140,6 +139,7 @@ class Supervised(Stage, Training):
     batch: Positive = 32
     micro_batch: Positive | None = None
     max_length: Positive = 512
+    log_every: Positive = 10
 
 
 class Sft(Supervised):

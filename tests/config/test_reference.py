@@ -1,0 +1,16 @@
+"""docs/recipe.md is what the schema says now."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.fast
+def test_recipe_reference_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "scripts" / "recipe_reference.py"))["page"]()
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == page, "run python scripts/recipe_reference.py"
