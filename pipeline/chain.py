@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from pipeline import handoff
 from pipeline.config.recipe import Recipe, digest, resolved, sources
+from pipeline.data.read import file_hash
 from pipeline.data.split import fingerprints
 from pipeline.errors import UserError
 
@@ -46,7 +48,19 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
         "data": fingerprints(recipe, stage),
         "shares": [recipe.interval(stage, source) for source in sources(recipe.stages[stage])],
         "parents": parents,
+        "judge": _source_hash(getattr(block, "judge", None)),
     }
+
+
+def _source_hash(function: str | None) -> str | None:
+    """Hash of the module file that a `package.module:function` lies in; a changed rule is other work."""
+    if function is None:
+        return None
+    try:
+        spec = importlib.util.find_spec(function.partition(":")[0])
+    except ImportError:
+        return None
+    return file_hash(Path(spec.origin)) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 
 def key(record: dict[str, Any]) -> str:

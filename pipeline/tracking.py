@@ -151,7 +151,7 @@ class WandbSink:
                 resume="allow",
                 config=config,
                 dir=str(stage_dir),
-                settings=wandb.Settings(silent=True, init_timeout=30),
+                settings=wandb.Settings(silent=True, init_timeout=60),
             )
         except Exception as error:
             self._fail(error)

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--note", default="", help="a paragraph for the page")
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
     recipe = load(arguments.recipe, arguments.set)
@@ -38,7 +39,9 @@ def main() -> None:
         subprocess.run(command, check=True)
         columns[seed] = metrics(recipe.order(), folder) | {"seconds, all stages": time.monotonic() - began}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(page(arguments.recipe, recipe.name, arguments.set, columns), encoding="utf-8")
+    arguments.out.write_text(
+        page(arguments.recipe, recipe.name, arguments.note, arguments.set, columns), encoding="utf-8"
+    )
     print(arguments.out.read_text(encoding="utf-8"))
 
 
@@ -51,7 +54,7 @@ def metrics(stages: list[str], folder: Path) -> dict[str, float]:
     return found
 
 
-def page(recipe: str, name: str, overrides: list[str], columns: dict[int, dict[str, float]]) -> str:
+def page(recipe: str, name: str, note: str, overrides: list[str], columns: dict[int, dict[str, float]]) -> str:
     sets = "".join(f" --set {override}" for override in overrides)
     seeds = list(columns)
     versions = ", ".join(f"{lib} {version(lib)}" for lib in ("torch", "transformers", "trl", "peft", "deepspeed"))
@@ -66,6 +69,8 @@ def page(recipe: str, name: str, overrides: list[str], columns: dict[int, dict[s
     ]
     for metric in columns[seeds[0]]:
         lines.append(f"| {metric} | " + " | ".join(f"{columns[seed][metric]:.4g}" for seed in seeds) + " |")
+    if note:
+        lines += ["", note]
     return "\n".join(lines) + "\n"
 
 

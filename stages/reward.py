@@ -32,9 +32,8 @@ def reward(context: Context) -> None:
 
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
     encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
-    counts = split.counts[block.data[0].path]
-    rows = encode.preferences(encoder, split.train, block.max_length, counts)
-    held_out = encode.preferences(encoder, split.held_out, block.max_length, counts)
+    rows = encode.preferences(encoder, split, "train", block.max_length)
+    held_out = encode.preferences(encoder, split, "held_out", block.max_length)
 
     steps = trainer.total_steps(context, block, len(rows))
     arguments = RewardConfig(

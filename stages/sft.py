@@ -30,11 +30,8 @@ def sft(context: Context) -> None:
 
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
     encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
-    counts = split.counts[block.data[0].path]
-    rows = encode.demonstrations(encoder, split.train, block.max_length, block.loss_on, counts)
-    held_out = encode.demonstrations(encoder, split.held_out, block.max_length, block.loss_on, counts)[
-        : block.eval_rows
-    ]
+    rows = encode.demonstrations(encoder, split, "train", block.max_length, block.loss_on)
+    held_out = encode.demonstrations(encoder, split, "held_out", block.max_length, block.loss_on)[: block.eval_rows]
 
     steps = trainer.total_steps(context, block, len(rows))
     arguments = SFTConfig(max_length=None, **trainer.arguments(context, block, steps))

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,10 @@ class Recipe:
     def local(self, path: str) -> str:
         """`path` as the recipe means it: relative to the recipe file when such a file or folder is there, else unchanged."""
         expanded = os.path.expanduser(os.path.expandvars(path))
+        if unset := re.search(r"\$\{?(\w+)", expanded):
+            raise UserError(
+                self.where(path), f"the environment variable {unset[1]} is not set", fix=f"export {unset[1]}=FOLDER"
+            )
         beside = self.path.parent / expanded
         if os.path.isabs(expanded) or not (beside.exists() or glob.glob(str(beside), recursive=True)):
             return expanded

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.shape import Example, Text
+from pipeline.data.shape import Text
+from pipeline.data.split import Part, Split
 from pipeline.errors import UserError
 
 
@@ -43,39 +43,43 @@ class Encoder:
 
 
 def demonstrations(
-    encoder: Encoder, examples: list[Example], max_length: int, loss_on: str, counts: Counter[str]
+    encoder: Encoder, split: Split, part: Part, max_length: int, loss_on: str
 ) -> list[dict[str, list[int]]]:
     """Rows for next-token training: `input_ids` and `labels` (-100 where no loss is taken). Over-long rows are counted."""
     rows = []
-    for example in examples:
+    for example in split.part(part):
         prompt, reply = encoder.prompt(example.prompt), encoder.reply(example.chosen or "")
         if len(prompt) + len(reply) > max_length:
-            counts["too long"] += 1
+            split.too_long(example, part)
             continue
         labels = [-100] * len(prompt) if loss_on == "completion" else prompt
         rows.append({"input_ids": prompt + reply, "labels": labels + reply})
     return rows
 
 
-def preferences(
-    encoder: Encoder, examples: list[Example], max_length: int, counts: Counter[str]
-) -> list[dict[str, Any]]:
+def preferences(encoder: Encoder, split: Split, part: Part, max_length: int) -> list[dict[str, Any]]:
     """Rows for the pairwise loss: `chosen_ids`, `rejected_ids` and, if every example has one, `margin`."""
     rows: list[dict[str, Any]] = []
+    examples = split.part(part)
     margins = bool(examples) and all(example.margin is not None for example in examples)
     for example in examples:
         prompt = encoder.prompt(example.prompt)
         chosen, rejected = prompt + encoder.reply(example.chosen or ""), prompt + encoder.reply(example.rejected or "")
         if max(len(chosen), len(rejected)) > max_length:
-            counts["too long"] += 1
+            split.too_long(example, part)
             continue
         margin = {"margin": example.margin} if margins else {}
         rows.append({"chosen_ids": chosen, "rejected_ids": rejected, **margin})
     return rows
 
 
-def prompts(encoder: Encoder, examples: list[Example], max_length: int, counts: Counter[str]) -> list[list[int]]:
+def prompts(encoder: Encoder, split: Split, part: Part, max_length: int) -> list[list[int]]:
     """Prompt ids at most `max_length` long; longer prompts are counted, not cut."""
-    encoded = [encoder.prompt(example.prompt) for example in examples]
-    counts["too long"] += sum(len(ids) > max_length for ids in encoded)
-    return [ids for ids in encoded if len(ids) <= max_length]
+    kept = []
+    for example in split.part(part):
+        ids = encoder.prompt(example.prompt)
+        if len(ids) <= max_length:
+            kept.append(ids)
+        else:
+            split.too_long(example, part)
+    return kept

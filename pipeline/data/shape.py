@@ -19,12 +19,14 @@ TURN = "\n\nAssistant:"
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its replies; a reply that the row does not have is None. `margin` is how much better `chosen` is."""
+    """A prompt and its replies; a reply that the row does not have is None. `margin` is how much better `chosen` is;
+    `source` is the path, as the recipe writes it, that the row came from."""
 
     prompt: Text
     chosen: str | None = None
     rejected: str | None = None
     margin: float | None = None
+    source: str = ""
 
 
 class Skip(Exception):

@@ -7,14 +7,16 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from pipeline.config.recipe import Recipe, sources
 from pipeline.config.schema import Source
 from pipeline.data.read import Row, fingerprint, rows
 from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only
 from pipeline.errors import UserError
+
+Part = Literal["train", "held_out"]
 
 
 @dataclass
@@ -24,6 +26,15 @@ class Split:
     train: list[Example] = field(default_factory=list)
     held_out: list[Example] = field(default_factory=list)
     counts: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def part(self, name: Part) -> list[Example]:
+        return self.train if name == "train" else self.held_out
+
+    def too_long(self, example: Example, name: Part) -> None:
+        """Count an example that the stage leaves out for its length, so that every row stays counted once."""
+        counts = self.counts[example.source]
+        counts["used" if name == "train" else "held out"] -= 1
+        counts["too long"] += 1
 
 
 def position(prompt: str) -> float:
@@ -48,7 +59,7 @@ def load(recipe: Recipe, stage: str) -> Split:
         for row in rows(recipe.local(source.path)):
             counts["rows"] += 1
             try:
-                example = read(row)
+                example = replace(read(row), source=source.path)
             except Skip as reason:
                 counts[str(reason)] += 1
                 continue

@@ -39,8 +39,7 @@ def evaluate(context: Context) -> None:
     parent = context.parent("model")
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
     encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
-    counts = split.counts[block.prompts[0].path]
-    prompts = encode.prompts(encoder, split.held_out, block.sampling.max_prompt_length, counts)[: block.rows]
+    prompts = encode.prompts(encoder, split, "held_out", block.sampling.max_prompt_length)[: block.rows]
     if not prompts:
         raise UserError(
             context.recipe.where("stages", context.stage, "prompts"),

@@ -69,9 +69,8 @@ def prepare(context: Context, block: Ppo) -> Setup:
     parent = context.parent("policy")
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
     encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
-    counts = split.counts[block.prompts[0].path]
-    prompts = encode.prompts(encoder, split.train, block.sampling.max_prompt_length, counts)
-    held_out = encode.prompts(encoder, split.held_out, block.sampling.max_prompt_length, counts)
+    prompts = encode.prompts(encoder, split, "train", block.sampling.max_prompt_length)
+    held_out = encode.prompts(encoder, split, "held_out", block.sampling.max_prompt_length)
     if not prompts:
         raise UserError(
             context.recipe.where("stages", context.stage, "sampling", "max_prompt_length"),
