@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
@@ -105,8 +105,14 @@ def read_head(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def put(model: PeftModel, name: str, weights: dict[str, torch.Tensor]) -> None:
-    """Copy `weights` into adapter `name` of `model`. Raises UserError when they do not fit it."""
-    result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    """Copy `weights` into adapter `name` of `model`; a head it trains stays. Raises UserError when they do not fit it."""
+    heads = {  # PEFT fails on a state without the modules it saves whole
+        f"{path}.{saved}": module.get_parameter(loaded).detach()
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for saved, loaded in module.adapter_state_dict_load_map(name).items()
+    }
+    result = set_peft_model_state_dict(model, {**heads, **weights}, adapter_name=name)
     missing = [k for k in result.missing_keys if f".{name}." in k and "lora_" in k]
     if result.unexpected_keys or missing:
         raise UserError(

@@ -106,7 +106,8 @@ def plain(trunk: Any) -> Any:
 
 def _add_adapter(trunk: Any, name: str, context: Context, config: LoraConfig | None, weights: Weights | None) -> Any:
     config = config or build.lora_config(context.block.adapter, plain(trunk), "CAUSAL_LM")
-    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+    speaks = hasattr(plain(trunk), "prepare_inputs_for_generation")  # PEFT refuses CAUSAL_LM on a classifier
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM" if speaks else None, None, False
     trunk = build.add(trunk, config, name)
     if weights is not None:
         build.put(trunk, name, weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from pipeline.config.schema import Base
 from pipeline.errors import UserError
@@ -160,9 +163,32 @@ def _fit(model: Any, tok: Any) -> None:
     """Give the model a row for an added pad token, and tell its config which tokens pad and end."""
     if tok.pad_token_id >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(tok.pad_token_id + 1, mean_resizing=False)
+    if tok.pad_token == ADDED_PAD and model.get_output_embeddings() is not None:
+        model.get_output_embeddings().register_forward_hook(_never(tok.pad_token_id))
     text = model.config.get_text_config()
     text.pad_token_id, text.eos_token_id = tok.pad_token_id, tok.eos_token_id
     model.config.use_cache = True
+
+
+def _never(token: int) -> Callable[..., torch.Tensor]:
+    """A hook on the output head that leaves an added token no probability: nobody trained its row."""
+
+    def hook(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        index = torch.tensor([token], device=logits.device)
+        return logits.index_fill(-1, index, torch.finfo(logits.dtype).min)
+
+    return hook
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Load unsharded although the stage runs under ZeRO-3: one rank alone would wait for the others for ever."""
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
@@ -170,12 +196,15 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
 
     `kind` is `causal` or `classifier`. The arithmetic is float32 and the result is in the base's dtype.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     tok = AutoTokenizer.from_pretrained(str(baton.path))
     whole = base.model_copy(update={"quantization": None, "dtype": "fp32"})
     build = causal if kind == "causal" else classifier
-    model = PeftModel.from_pretrained(build(whole, baton.base, tok, sharded=False), str(baton.path))
+    config = PeftConfig.from_pretrained(str(baton.path))
+    config.task_type = None  # PEFT refuses a language model's adapter on a classifier
+    with _whole_weights():
+        model = PeftModel.from_pretrained(build(whole, baton.base, tok, sharded=False), str(baton.path), config=config)
     merged = model.merge_and_unload().to(DTYPES[base.dtype])
     merged.save_pretrained(target)
     tok.save_pretrained(target)

@@ -159,8 +159,8 @@ class Roles(nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
             for module in model.modules():
-                if hasattr(module, "gradient_checkpointing_func"):
-                    module.gradient_checkpointing_func = self._recompute(self._tuners[name], reentrant)
+                if hasattr(module, "_gradient_checkpointing_func"):
+                    module._gradient_checkpointing_func = self._recompute(self._tuners[name], reentrant)
 
     @staticmethod
     def _recompute(layers: list[BaseTunerLayer], reentrant: bool) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from pipeline.stage import Context
 
 
 def parts(context: Context) -> dict[str, Part]:
-    """Policy, reference, critic and reward. A parent that cannot be continued is written out whole first."""
+    """Policy, reference, critic and reward (and `base`). A parent that cannot be continued is written out whole first."""
     block = cast(Ppo, context.block)
     full = block.adapter.method == "full"
     path, continued = begin.base_below(context, context.parent("policy"), "causal")
@@ -26,7 +26,10 @@ def parts(context: Context) -> dict[str, Part]:
     copied = (LoraConfig.from_pretrained(str(continued.path)), weights) if continued else None
     reference = Part(path, block.base, copied)
     reward = scoring(context.batons[block.reward], block.base)
-    return {"policy": policy, "reference": reference, "critic": _critic(context, policy, reward), "reward": reward}
+    described = {"policy": policy, "reference": reference, "critic": _critic(context, policy, reward), "reward": reward}
+    if continued:  # for the canary alone: the policy's base with its adapter off, on the same trunk
+        described["base"] = Part(path, block.base)
+    return described
 
 
 def _critic(context: Context, policy: Part, reward: Part) -> Part:
@@ -46,5 +49,7 @@ def sharing(roles: Roles) -> str:
     """Which roles share a copy of the weights: a list of groups."""
     groups: dict[str, list[str]] = {}
     for name, role in roles.roles.items():
+        if name == "base":
+            continue
         groups.setdefault(role.trunk, []).append(name)
     return json.dumps(list(groups.values()))

@@ -89,14 +89,14 @@ class Loop:
 
     def run(self, tracker: Tracker) -> None:
         """Steps from where the loop stands to the end. Raises Stopped after saving when asked to stop."""
-        block = self.block
-        for step in range(self.step, block.steps):
+        block, first = self.block, self.step
+        for step in range(first, block.steps):
             clock = Clock()
             with clock.phase("rollout"):
                 rollout = self.sample(self.prompts.take(step * block.rollout_batch, block.rollout_batch), step)
             with clock.phase("score"):
                 judged = judge(self.engine, rollout, block.sampling.temperature, self.micro)
-                if step == self.step:
+                if step == first:
                     self.canary(rollout, judged.logprobs)
                 batch = experience(judged, block, self.kl.coef)
             with clock.phase("train"):
@@ -249,7 +249,8 @@ class Loop:
         self.best, self.best_step, self.stale = state["best"], state["best_step"], state["stale"]
 
     def canary(self, rollout: Rollout, logprobs: Tensor) -> None:
-        """Stop a run whose rollout and training disagree on the log-probabilities of the sampled tokens."""
+        """Stop a run that does not see its own policy: rollout and training must agree on the log-probabilities of the
+        sampled tokens, and a trained adapter must make a difference."""
         difference = ((rollout.logprobs - logprobs).abs().sum() / rollout.mask.sum()).reshape(1)
         dist.all_reduce(difference, op=dist.ReduceOp.MAX)
         limit = CANARY_TOLERANCE[self.block.base.dtype]
@@ -259,6 +260,19 @@ class Loop:
                 f"token, more than {limit} allows in {self.block.base.dtype}; the rollout engine and the "
                 "training forward do not see the same positions, mask or adapter"
             )
+        if "base" in self.engine.module.roles:
+            width = rollout.logprobs.shape[1]
+            with self.engine.module.evaluating():
+                bare, _ = self.engine(
+                    "log_probs",
+                    "base",
+                    rollout.tokens[: self.micro],
+                    rollout.prompt_lengths[: self.micro],
+                    width,
+                    self.block.sampling.temperature,
+                )
+            if torch.equal(bare * rollout.mask[: self.micro], logprobs[: self.micro]):
+                raise RuntimeError("canary: the policy's trained adapter changes nothing; it is not the active one")
 
     def table(self, batch: Experience, rows: int = 4) -> list[dict[str, Any]]:
         """Prompt, reply, score and KL of the first rows."""

@@ -82,7 +82,7 @@ class Case:
         return found
 
     def opens(self, *overrides: str) -> dict[str, float]:
-        """How far plain transformers and PEFT are from Relay on each published stage."""
+        """How far plain transformers and PEFT are from Relay on each published stage. Sets the stage's metrics aside."""
         return dict(self.call("tests.distributed.cases:opens_plainly", overrides=list(overrides)))
 
     def assert_reference_is_the_start(self) -> None:
@@ -136,8 +136,8 @@ def test_reward_model_of_another_size(two_sizes: Case, tmp_path: Path, overrides
     output = case.run("ppo", *overrides, world=2)
     assert case.manifest("reward")["base"]["content_hash"] != case.manifest("sft")["base"]["content_hash"]
     assert (output / ADAPTER).exists() == (not overrides)
-    assert max(case.opens(*overrides).values()) <= 2e-5
     case.assert_reference_is_the_start()
+    assert max(case.opens(*overrides).values()) <= 2e-5
 
 
 def test_full_from_adapters(lora: Case, tmp_path: Path) -> None:
@@ -208,11 +208,12 @@ def test_policy_from_the_base(lora: Case, tmp_path: Path) -> None:
     assert set(case.manifest("ppo")["parents"]) == {"reward"}
 
 
-def test_reward_continues_the_sft_adapter(lora: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_reward_continues_the_sft_adapter(lora: Case, tmp_path: Path, zero: str) -> None:
     """With a learning rate of nothing, the reward model's adapter is the SFT's."""
     case = lora.copy(tmp_path)
     still = ["stages.reward.init=sft", "stages.reward.steps=1", "stages.reward.lr=1.0e-12", "stages.reward.warmup=0"]
-    ours = load_file(case.run("reward", *still) / ADAPTER)
+    ours = load_file(case.run("reward", *still, f"deepspeed.config={zero}", world=2) / ADAPTER)
     theirs = load_file(case.dir / "sft" / "output" / ADAPTER)
     assert {n for n in ours if "lora_" in n} == theirs.keys()
     assert max(float(w.abs().max()) for n, w in theirs.items() if "lora_B" in n) > 1e-3
@@ -220,7 +221,8 @@ def test_reward_continues_the_sft_adapter(lora: Case, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[name], weights, rtol=0, atol=1e-9)
 
 
-def test_full_reward_from_the_sft_adapter(lora: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_full_reward_from_the_sft_adapter(lora: Case, tmp_path: Path, zero: str) -> None:
     """A full reward model that starts from the SFT adapter starts from the merged policy."""
     case = lora.copy(tmp_path)
     output = case.run(
@@ -230,6 +232,8 @@ def test_full_reward_from_the_sft_adapter(lora: Case, tmp_path: Path) -> None:
         "stages.reward.steps=1",
         "stages.reward.lr=1.0e-12",
         "stages.reward.warmup=0",
+        f"deepspeed.config={zero}",
+        world=2,
     )
     ours = load_file(output / "model.safetensors")
     theirs = load_file(case.dir / "reward" / "base-of-sft" / "model.safetensors")
@@ -254,13 +258,15 @@ def test_critic_init(lora: Case, tmp_path: Path, init: str) -> None:
 def test_architecture(ranks: Get, tmp_path: Path, shape: str) -> None:
     """Rollout and training agree on log-probabilities, and what is published opens without Relay."""
     base = tiny.model(tmp_path / "base", shape)
-    case = Case(ranks, tiny.recipe(tmp_path / "tiny.yaml", base, **SHORT), tmp_path / "run")
+    # transformers reads a Qwen2 folder with its own tokenizer class, which spells these words letter by letter.
+    long = {"stages__ppo__sampling__max_prompt_length": 96}
+    case = Case(ranks, tiny.recipe(tmp_path / "tiny.yaml", base, **SHORT, **long), tmp_path / "run")
     case.call("tests.support.stages:chain", until="reward")
     differences = case.call("tests.distributed.variant_cases:ppo_and_canary", overrides=[])
-    assert len(differences) == 1
-    assert differences[0] <= 1e-4
-    assert max(case.opens().values()) <= 2e-5
+    assert differences, "the canary did not look"
+    assert max(differences) <= 1e-4
     case.assert_reference_is_the_start()
+    assert max(case.opens().values()) <= 2e-5
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
@@ -420,7 +426,11 @@ def test_added_pad(ranks: Get, padless: Path, tmp_path: Path, method: str) -> No
     case.call("tests.support.stages:chain", overrides=overrides, world=2)
     published = AutoTokenizer.from_pretrained(case.dir / "ppo" / "output")
     assert (published.pad_token, published.pad_token_id) == (ADDED_PAD, vocabulary)
-    assert max(case.opens(*overrides).values()) <= 2e-5
+    differences = case.opens(*overrides)
+    assert differences["reward"] <= 2e-5
+    # Beside an adapter the pad's row is not published: the probability it took in training is missing in plain readings.
+    assert differences["sft"] <= 2e-5
+    assert differences["ppo"] <= 2e-5
     if method == "full":
         model = AutoModelForCausalLM.from_pretrained(case.dir / "ppo" / "output")
         assert model.get_input_embeddings().num_embeddings == vocabulary + 1
@@ -445,6 +455,7 @@ def test_plain_deepspeed_takes_the_configuration(ranks: Get, path: Path) -> None
     assert found["moved"] > 0.0
 
 
+@pytest.mark.fast
 def test_wheel_holds_the_data_files(tmp_path: Path) -> None:
     """Built from a copy of the sources, without a network: configurations, recipes and the quickstart's base are inside."""
     source = tmp_path / "source"

@@ -96,7 +96,7 @@ def plain_deepspeed(path: str) -> dict[str, float]:
 
         if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
             return safe_get_full_fp32_param(parameter).clone()
-        return started.optimizer.fp32_groups_flat[0].clone()
+        return torch.cat([p.detach().flatten() for group in started.optimizer.fp32_groups for p in group])
 
     before = master()
     loss = started(torch.ones(8, 8, dtype=torch.bfloat16, device=started.device)).float().pow(2).mean()
