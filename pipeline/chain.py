@@ -14,6 +14,9 @@ from pipeline.data.read import file_hash
 from pipeline.data.split import fingerprints
 from pipeline.errors import UserError
 
+REDO = "REDO"
+"""A file of this name in a stage's folder: `--from` asked for it again, and it has not been published since."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -77,6 +80,8 @@ def state(recipe: Recipe, stage: str, run_dir: Path) -> State:
     if manifest is None:
         steps = checkpoints(run_dir / stage)
         return State(stage, False, f"interrupted; resumes from step {steps[-1]}" if steps else "not run yet")
+    if (run_dir / stage / REDO).exists():
+        return State(stage, False, "asked to run again, and not finished since")
     changed = differences(manifest["inputs"], _plain(inputs(recipe, stage, run_dir)))
     if changed:
         return State(stage, False, "changed: " + ", ".join(changed[:4]) + (", …" if len(changed) > 4 else ""))

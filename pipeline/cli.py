@@ -82,8 +82,11 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
     for parent in recipe.parents(stage):
         handoff.open_baton(run_dir / parent)
     split.load(recipe, stage)
-    if again:
+    redo = run_dir / stage / chain.REDO
+    if again and not redo.exists():
         shutil.rmtree(run_dir / stage / "checkpoints", ignore_errors=True)
+        redo.parent.mkdir(parents=True, exist_ok=True)
+        redo.touch()
     console.print(f"[bold]{stage}[/bold]  starts: {'asked to run again' if again else state.why}")
     began = time.monotonic()
     code = launch.run(recipe, stage, run_dir, given)
@@ -95,6 +98,7 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
             f"[bold]{stage}[/bold]  failed with exit code {code}; its error is above, nothing published changed"
         )
         raise typer.Exit(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
+    redo.unlink(missing_ok=True)
     manifest = handoff.open_baton(run_dir / stage).manifest
     console.print(
         f"[bold]{stage}[/bold]  published {manifest['content_hash'][:12]} in {time.monotonic() - began:.0f} s"

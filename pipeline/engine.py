@@ -22,29 +22,10 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from pipeline import checkpoint
-from pipeline.config.recipe import Recipe
 from pipeline.config.schema import Dtype, Schedule
-from pipeline.errors import UserError
 
-SHIPPED = Path(__file__).resolve().parent.parent / "ds_configs"
 OWNED = ("optimizer", "scheduler", "train_batch_size", "fp16", "bf16")
 """Keys that the recipe owns: dropped from a configuration file before the recipe's are laid over it."""
-
-
-def read_config(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The DeepSpeed configuration that a stage names. Raises UserError when it is not there or not JSON."""
-    name = recipe.stages[stage].deepspeed.config
-    shipped = SHIPPED / f"{name}.json"
-    path = shipped if shipped.is_file() else Path(recipe.local(name))
-    where = recipe.where("stages", stage, "deepspeed", "config")
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
-        raise UserError(where, f'no configuration "{name}"', expected=f"a JSON file or one of: {names}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(where, f"{path} is not valid JSON: {error}") from None
-    return dict(config)
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -68,7 +49,10 @@ def overlay(
     }
     kept.setdefault("steps_per_print", 10**9)
     if dtype != "fp32":
-        kept[dtype] = {"enabled": True}
+        kept[dtype] = {**_without_auto(config.get(dtype, {})), "enabled": True}
+    if zero_stage(config) == 3:
+        # DeepSpeed steps once per sub-group; a role's norm is one norm only when its parameters are one sub-group.
+        kept["zero_optimization"] = {**kept["zero_optimization"], "sub_group_size": 10**12}
     return kept
 
 
@@ -93,7 +77,7 @@ def _without_auto(value: Any) -> Any:
 
 
 def start(seed: int) -> torch.device:
-    """Join the process group, make this rank deterministic, and return its device."""
+    """Join the process group, seed this rank, and return its device. On the CPU all arithmetic is deterministic."""
     _quiet()
     if not dist.is_initialized():
         if get_accelerator().device_name() != "cpu":
@@ -104,7 +88,9 @@ def start(seed: int) -> torch.device:
             else "gloo",
             verbose=False,
         )
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if get_accelerator().device_name() == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     seed_all(seed)
     return torch.device(get_accelerator().current_device_name())
 

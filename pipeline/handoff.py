@@ -48,6 +48,18 @@ class Baton:
         """Where the weights below the adapter are (a folder or a hub id); the output itself when it is a full model."""
         return str(self.manifest["base"]["model"]) if self.is_adapter else str(self.path)
 
+    def check_base(self) -> None:
+        """Refuse an adapter whose base holds other weights now than the ones it was trained on."""
+        record = self.manifest["base"]
+        expected = record["content_hash"]
+        if self.is_adapter and (found := model_hash(record["model"], record["revision"])) != expected:
+            raise UserError(
+                str(self.path),
+                f"this adapter was trained on another base: {record['model']} now has content {found[:16]}…",
+                expected=f"content {expected[:16]}…",
+                fix=f"restore that base, or {_rebuild(self.path.parent)}",
+            )
+
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder` but the manifest, by relative path, sorted."""
@@ -195,19 +207,6 @@ def open_baton(stage_dir: Path) -> Baton:
     if content_hash(output, found) != manifest["content_hash"]:
         raise UserError(str(output / MANIFEST), "its content hash does not fit its files", fix=_rebuild(stage_dir))
     return Baton(output, manifest)
-
-
-def check_base(baton: Baton, found_hash: str) -> None:
-    """Refuse an adapter that was trained on other base weights than the ones at hand."""
-    expected = baton.manifest["base"]["content_hash"]
-    if baton.is_adapter and found_hash != expected:
-        raise UserError(
-            str(baton.path),
-            f"this adapter was trained on another base: {baton.manifest['base']['model']} now "
-            f"has content {found_hash[:16]}…",
-            expected=f"content {expected[:16]}…",
-            fix=f"restore that base, or {_rebuild(baton.path.parent)}",
-        )
 
 
 def check_same_tokenizer(first: Baton, second: Baton) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe
 from pipeline.errors import EXIT_STOPPED, UserError
-from pipeline.lock import HELD
 
 STOP_FILE = "STOP"
 """A file of this name in a stage's folder asks its ranks to save and stop at the next step boundary."""
@@ -35,6 +34,7 @@ def command(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str], por
     line = [_deepspeed(), *hosts, "--num_gpus", str(place.num_gpus)]
     if port is not None:
         line += ["--master_port", str(port), "--log_level", "error"]
+    held = ["--lock-held"] if port is not None else []
     line += [
         "--module",
         KINDS[block.kind].module,
@@ -44,6 +44,7 @@ def command(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str], por
         stage,
         "--run-dir",
         str(run_dir),
+        *held,
     ]
     for override in overrides:
         line += ["--set", override]
@@ -82,9 +83,9 @@ def check_devices(recipe: Recipe, stage: str) -> None:
         )
 
 
-def environment(run_dir: Path) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The environment of a stage's processes."""
-    env = {**os.environ, HELD: str(run_dir.resolve()), PARENT: str(os.getpid())}
+    env = {**os.environ, PARENT: str(os.getpid())}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     if devices() is None:
         env["DS_ACCELERATOR"] = "cpu"
@@ -110,7 +111,7 @@ def run(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> int:
     stop.unlink(missing_ok=True)
     stop.parent.mkdir(parents=True, exist_ok=True)
     child = subprocess.Popen(
-        command(recipe, stage, run_dir, overrides, free_port()), env=environment(run_dir), start_new_session=True
+        command(recipe, stage, run_dir, overrides, free_port()), env=environment(), start_new_session=True
     )
     asked: list[float] = []
 
@@ -126,7 +127,7 @@ def run(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> int:
             time.sleep(0.2)
             if asked and time.monotonic() - asked[0] > GRACE_SECONDS:
                 os.killpg(child.pid, signal.SIGKILL)
-        return EXIT_STOPPED if asked else child.returncode
+        return EXIT_STOPPED if asked and child.returncode in (0, EXIT_STOPPED) else child.returncode
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

@@ -12,16 +12,10 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-HELD = "RELAY_LOCK_HELD"
-"""Set for the processes that `relay run` starts: their parent holds the lock."""
-
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold `run_dir/.lock`. Raises UserError naming the holder when another process has it."""
-    if os.environ.get(HELD) == str(run_dir.resolve()):
-        yield
-        return
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / ".lock"
     with path.open("a+", encoding="utf-8") as stream:

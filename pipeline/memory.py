@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.recipe import BASE, Recipe
+from pipeline.config.recipe import BASE, Recipe, deepspeed_config
 from pipeline.config.schema import Adapter, Base, Evaluate, Ppo, Reward, Stage
 from pipeline.errors import UserError
 
@@ -223,19 +223,7 @@ def zero(recipe: Recipe, stage: str) -> tuple[int, bool, bool]:
     block = recipe.stages[stage]
     if isinstance(block, Evaluate):
         return 0, False, False
-    name, where = block.deepspeed.config, recipe.where("stages", stage, "deepspeed", "config")
-    path = SHIPPED / f"{name}.json"
-    path = path if path.is_file() else Path(recipe.local(name))
-    if not path.is_file():
-        raise UserError(
-            where,
-            f'no configuration "{name}"',
-            expected="a JSON file or one of: " + ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json"))),
-        )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
-    except (ValueError, AttributeError) as error:
-        raise UserError(where, f"{path} is not a DeepSpeed configuration: {error}", expected="a JSON object") from None
+    settings = deepspeed_config(recipe, stage).get("zero_optimization", {})
     off = [settings.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")]
     return int(settings.get("stage", 0)), off[0], off[1]
 

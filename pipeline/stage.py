@@ -80,6 +80,15 @@ class Context:
         name = getattr(self.block, key)
         return None if name == BASE else self.batons[name]
 
+    def require_held_out(self, eval_every: int | None, held_out: list[Any]) -> None:
+        """Refuse evaluation during training when no row is held out."""
+        if eval_every and not held_out:
+            raise UserError(
+                self.recipe.where("stages", self.stage, "eval_every"),
+                "no row is held out to evaluate on",
+                fix="raise data.holdout, or leave out eval_every",
+            )
+
     def tracker(self, total_steps: int, resume_step: int) -> Tracker:
         return Tracker(
             self.dir,
@@ -162,6 +171,7 @@ def main(program: Callable[[Context], None]) -> None:
     parser.add_argument("--stage", required=True, help="the stage's name in the recipe")
     parser.add_argument("--run-dir", required=True, type=Path, help="folder of the whole run, such as runs/hh")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--lock-held", action="store_true", help=argparse.SUPPRESS)  # `relay run` above holds it
     parser.add_argument(
         "--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")), help=argparse.SUPPRESS
     )
@@ -171,7 +181,16 @@ def main(program: Callable[[Context], None]) -> None:
     code = 0
     try:
         overrides = [*arguments.set, *_launched_size(arguments, world_size)]
-        execute(program, arguments.recipe, arguments.stage, arguments.run_dir, overrides, rank, world_size)
+        execute(
+            program,
+            arguments.recipe,
+            arguments.stage,
+            arguments.run_dir,
+            overrides,
+            rank,
+            world_size,
+            locked=arguments.lock_held,
+        )
     except UserError as error:
         if rank != 0:
             time.sleep(5.0)  # the launcher kills this rank as soon as rank 0 has told the same thing
@@ -216,12 +235,14 @@ def execute(
     overrides: list[str],
     rank: int,
     world_size: int,
+    *,
+    locked: bool = False,
 ) -> None:
-    """Run a stage program on this rank, with the run directory locked by rank 0."""
+    """Run a stage program on this rank; rank 0 locks the run directory unless its parent process has (`locked`)."""
     recipe = load(name, overrides)
     if stage not in recipe.stages:
         raise UserError(f"--stage {stage}", "no such stage", expected="one of: " + ", ".join(recipe.stages))
-    with run_lock(run_dir) if rank == 0 else nullcontext():
+    with run_lock(run_dir) if rank == 0 and not locked else nullcontext():
         if rank == 0:
             for name in recipe.stages:
                 handoff.recover(run_dir / name)

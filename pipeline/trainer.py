@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from pipeline import checkpoint, engine
+from pipeline.config.recipe import deepspeed_config
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Supervised
 from pipeline.errors import UserError
@@ -29,16 +30,19 @@ HIDDEN = ("runtime", "per_second", "total_flos", "epoch")
 """Parts of the names of numbers that depend on the machine or repeat the step; they are not logged."""
 
 
-def total_steps(context: Context, block: Supervised, rows: int) -> int:
-    """Optimizer steps of the stage: `steps`, else whole batches in `epochs` passes over the rows."""
-    if rows < block.batch:
+def whole_batches(context: Context, block: Supervised, rows: list[Any], held_out: list[Any]) -> tuple[int, list[Any]]:
+    """(optimizer steps, rows that fill whole batches): `steps`, else the batches in `epochs` passes over the rows."""
+    where = context.recipe.where("stages", context.stage, "batch")
+    if len(rows) < block.batch:
         raise UserError(
-            context.recipe.where("stages", context.stage, "batch"),
-            f"a batch of {block.batch} with {rows} rows",
+            where,
+            f"a batch of {block.batch} with {len(rows)} rows",
             expected="at least one whole batch",
             fix="lower `batch`, or add data",
         )
-    return block.steps or max(1, math.floor(block.epochs * rows / block.batch))
+    context.require_held_out(block.eval_every, held_out)
+    kept = rows[: len(rows) // block.batch * block.batch]
+    return block.steps or max(1, math.floor(block.epochs * len(kept) / block.batch)), kept
 
 
 def arguments(context: Context, block: Supervised, steps: int) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def arguments(context: Context, block: Supervised, steps: int) -> dict[str, Any]
         context.recipe.where("stages", context.stage, "batch"), block.batch, context.world_size, block.micro_batch
     )
     config = engine.overlay(
-        engine.read_config(context.recipe, context.stage),
+        deepspeed_config(context.recipe, context.stage),
         dtype=block.base.dtype,
         micro_batch=micro,
         accumulation=accumulation,
@@ -61,7 +65,7 @@ def arguments(context: Context, block: Supervised, steps: int) -> dict[str, Any]
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": accumulation,
-        "dataloader_drop_last": True,
+        "restore_callback_states_from_checkpoint": True,
         "learning_rate": block.lr,
         "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(block.lr_schedule, block.lr_schedule),
         "warmup_steps": engine.warmup_steps(block, steps),
@@ -99,10 +103,18 @@ def callbacks(context: Context, block: Supervised, tracker: Tracker) -> list[Tra
 def train(context: Context, trainer: Any, resume: Path | None) -> None:
     """Train to the end, from a checkpoint if there is one. Raises Stopped when asked to stop."""
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except Finished:
+        if trainer.args.load_best_model_at_end:
+            trainer._load_best_model()
     bridge = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Bridge))
     if bridge.stopped:
         raise Stopped
+
+
+class Finished(Exception):
+    """The checkpoint that was resumed is the training's last: nothing is left but to publish."""
 
 
 class Bridge(TrainerCallback):
@@ -111,6 +123,12 @@ class Bridge(TrainerCallback):
     def __init__(self, context: Context, keep: int, tracker: Tracker) -> None:
         self.context, self.keep, self.tracker, self.stopped = context, keep, tracker, False
         self._tokens = (0.0, time.monotonic())
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Transformers looks at max_steps only after a step: resumed from its last checkpoint it would take one too many.
+        last = self.context.checkpoints / f"checkpoint-{state.global_step}"
+        if state.global_step and checkpoint.facts(last).get("finished"):
+            raise Finished
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.context.stop_requested() and state.global_step < state.max_steps:
@@ -135,8 +153,8 @@ class Bridge(TrainerCallback):
         dist.barrier()
         if self.context.is_main:
             best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-            checkpoint.complete(
-                self.context.checkpoints / f"checkpoint-{state.global_step}", {"step": state.global_step}
-            )
+            finished = bool(control.should_training_stop and not self.stopped)
+            folder = self.context.checkpoints / f"checkpoint-{state.global_step}"
+            checkpoint.complete(folder, {"step": state.global_step, "finished": finished})
             checkpoint.rotate(self.context.checkpoints, self.keep, best)
         dist.barrier()

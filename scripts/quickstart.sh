@@ -3,5 +3,5 @@
 # A second run finds everything up to date. Options are those of `relay run`, such as --num-gpus 1 or --set seed=1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/environment.sh
+. scripts/environment.sh ""
 relay run quickstart "$@"

@@ -3,7 +3,7 @@
 # RELAY_TEST_DATA is the folder that holds stories260K, hh-rlhf and polite-pref; default ../shared/data.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/environment.sh
+. scripts/environment.sh ""
 export RELAY_TEST_DATA=${RELAY_TEST_DATA:-$(cd ../shared/data && pwd)}
 
 python scripts/seeds.py tests/recipes/polite_stories260k.yaml --out docs/results/polite.md

@@ -35,7 +35,7 @@ def reward(context: Context) -> None:
     rows = encode.preferences(encoder, split, "train", block.max_length)
     held_out = encode.preferences(encoder, split, "held_out", block.max_length)
 
-    steps = trainer.total_steps(context, block, len(rows))
+    steps, rows = trainer.whole_batches(context, block, rows, held_out)
     arguments = RewardConfig(
         max_length=None, center_rewards_coefficient=block.center, **trainer.arguments(context, block, steps)
     )

@@ -33,7 +33,7 @@ def sft(context: Context) -> None:
     rows = encode.demonstrations(encoder, split, "train", block.max_length, block.loss_on)
     held_out = encode.demonstrations(encoder, split, "held_out", block.max_length, block.loss_on)[: block.eval_rows]
 
-    steps = trainer.total_steps(context, block, len(rows))
+    steps, rows = trainer.whole_batches(context, block, rows, held_out)
     arguments = SFTConfig(max_length=None, **trainer.arguments(context, block, steps))
     zero = engine.zero_stage(arguments.deepspeed)
     model, base = begin.model(context, parent, tok, "causal", sharded=zero == 3)

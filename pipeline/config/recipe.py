@@ -274,7 +274,13 @@ def _check(recipe: Recipe) -> None:
     for stage, block in recipe.stages.items():
         _check_upstream(recipe, stage, block)
         _check_batches(recipe, stage, block)
-        _check_deepspeed(recipe, stage, block)
+        deepspeed_config(recipe, stage)
+        if getattr(block, "eval_every", None) and block.holdout == 0:
+            raise UserError(
+                recipe.where("stages", stage, "eval_every"),
+                "there is nothing to evaluate on: data.holdout is 0",
+                fix="set `data: {holdout: 0.02}`, or leave out eval_every",
+            )
         if block.base.quantization and block.adapter.method == "full" and block.kind != "evaluate":
             raise UserError(
                 recipe.where("stages", stage, "adapter", "method"),
@@ -324,15 +330,25 @@ def _check_upstream(recipe: Recipe, stage: str, block: Stage) -> None:
             )
 
 
-def _check_deepspeed(recipe: Recipe, stage: str, block: Stage) -> None:
-    name, shipped_names = block.deepspeed.config, sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
-    if name not in shipped_names and not Path(recipe.local(name)).is_file():
+def deepspeed_config(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The DeepSpeed configuration that a stage names. Raises UserError when it is not there or not a JSON object."""
+    name, names = recipe.stages[stage].deepspeed.config, sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
+    where = recipe.where("stages", stage, "deepspeed", "config")
+    path = DS_CONFIGS / f"{name}.json" if name in names else Path(recipe.local(name))
+    if not path.is_file():
         raise UserError(
-            recipe.where("stages", stage, "deepspeed", "config"),
+            where,
             f'no configuration "{name}"',
-            expected="a JSON file or one of: " + ", ".join(shipped_names),
-            fix=_closest(name, shipped_names) or "give the path of a DeepSpeed JSON file",
+            expected="a JSON file or one of: " + ", ".join(names),
+            fix=_closest(name, names) or "give the path of a DeepSpeed JSON file",
         )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(where, f"{path} is not valid JSON: {error}", fix="mend that line") from None
+    if not isinstance(config, dict):
+        raise UserError(where, f"{path} holds {type(config).__name__}", expected="a JSON object")
+    return config
 
 
 def _check_batches(recipe: Recipe, stage: str, block: Stage) -> None:

@@ -141,6 +141,12 @@ class Supervised(Stage, Training):
     max_length: Positive = 512
     log_every: Positive = 10
 
+    @model_validator(mode="after")
+    def _best_is_saved_when_evaluated(self) -> Supervised:
+        if self.publish == "best" and self.save_every is not None:
+            raise ValueError("publish: best saves at every evaluation; leave out save_every")
+        return self
+
 
 class Sft(Supervised):
     """Supervised fine-tuning: next-token cross-entropy on the completion (or on all tokens when `loss_on: all`)."""
@@ -166,11 +172,14 @@ class Kl(Block):
 
 
 class Sampling(Block):
+    """How replies are sampled; `batch` prompts at a time on each rank, which bounds memory and changes no token."""
+
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     max_prompt_length: Positive = 256
     max_response_length: Positive = 256
+    batch: Positive = 64
 
 
 class Critic(Block):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,6 +35,19 @@ class Rollout:
     def response(self, row: int) -> list[int]:
         start = int(self.prompt_lengths[row])
         return [int(t) for t in self.tokens[row, start : start + int(self.lengths[row])]]
+
+
+def join(parts: list[Rollout], pad: int) -> Rollout:
+    """Rollouts one after another, padded to the longest."""
+    length = max(p.tokens.shape[1] for p in parts)
+    width = max(p.logprobs.shape[1] for p in parts)
+    return Rollout(
+        torch.cat([F.pad(p.tokens, (0, length - p.tokens.shape[1]), value=pad) for p in parts]),
+        torch.cat([p.prompt_lengths for p in parts]),
+        torch.cat([p.lengths for p in parts]),
+        torch.cat([F.pad(p.logprobs, (0, width - p.logprobs.shape[1])) for p in parts]),
+        torch.cat([p.ended for p in parts]),
+    )
 
 
 def gumbel(keys: Tensor, vocabulary: int) -> Tensor:

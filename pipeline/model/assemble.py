@@ -23,13 +23,12 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """What one role is made of: the weights below it (`path`, held as `base` says), the adapter on them, and its head.
+    """What one role is made of: the weights below it, the adapter on them, and its head.
 
     `adapter` is None for bare base weights, else (config, weights); a missing config is the recipe's, missing weights are
     fresh. `head` is None for a role that speaks; an empty one is fresh. `own` keeps the trunk unshared: its weights train.
     """
 
-    path: str
     base: Base
     adapter: tuple[LoraConfig | None, Weights | None] | None = None
     head: Weights | None = None
@@ -41,27 +40,28 @@ def speaking(context: Context, baton: Baton | None) -> Part:
     """A frozen language model: a baton, or the base when there is none."""
     base = context.block.base
     if baton is None:
-        return Part(context.base, base)
+        return Part(base.model_copy(update={"model": context.base}))
     if not baton.is_adapter:
-        return Part(str(baton.path), base)
-    check(baton)
-    return Part(baton.base, base, (_config(baton), build.read(baton.path)[0]))
+        return Part(base.model_copy(update={"model": str(baton.path), "revision": None}))
+    baton.check_base()
+    return Part(_recorded(baton, base), (_config(baton), build.read(baton.path)[0]))
 
 
 def scoring(baton: Baton, base: Base) -> Part:
     """A frozen reward model, its base held as when it was trained."""
-    held = base.model_copy(update={"quantization": baton.manifest["base"]["quantization"]})
+    quantization = baton.manifest["base"]["quantization"]
+    held = _recorded(baton, base).model_copy(update={"quantization": quantization})
     if not baton.is_adapter:
-        return Part(str(baton.path), held, head=build.read_head(baton.path))
-    check(baton)
+        return Part(held, head=build.read_head(baton.path))
+    baton.check_base()
     weights, head = build.read(baton.path)
-    return Part(baton.base, held, (_config(baton), weights), head)
+    return Part(held, (_config(baton), weights), head)
 
 
-def check(baton: Baton) -> None:
-    """Refuse an adapter whose base is no longer the one it was trained on."""
-    record = baton.manifest["base"]
-    handoff.check_base(baton, handoff.model_hash(record["model"], record.get("revision")))
+def _recorded(baton: Baton, base: Base) -> Base:
+    """`base` with the weights that a baton stands on: its recorded base, or itself when it is a full model."""
+    revision = baton.manifest["base"]["revision"] if baton.is_adapter else None
+    return base.model_copy(update={"model": baton.base, "revision": revision})
 
 
 def _config(baton: Baton) -> LoraConfig:
@@ -74,11 +74,8 @@ def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: boo
     Roles share a trunk when their bases' content hashes and quantisation are equal; a trunk with a role that speaks is a
     causal language model, else a classifier without its head.
     """
-    hashes = {
-        path: context.inputs["base"] if path == context.base else handoff.model_hash(path)
-        for path in {p.path for p in parts.values()}
-    }
-    keys = {name: (hashes[p.path], p.base.quantization, name if p.own else "") for name, p in parts.items()}
+    hashes = {name: handoff.model_hash(p.base.model, p.base.revision) for name, p in parts.items()}
+    keys = {name: (hashes[name], p.base.quantization, name if p.own else "") for name, p in parts.items()}
     trunks: dict[str, Any] = {}
     heads: dict[str, nn.Linear] = {}
     roles: dict[str, Role] = {}
@@ -87,7 +84,7 @@ def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: boo
         trunk = sharers[0]
         if trunk not in trunks:
             speaks = any(parts[other].head is None for other in sharers)
-            trunks[trunk] = (load.causal if speaks else load.classifier)(part.base, part.path, tok, sharded=sharded)
+            trunks[trunk] = (load.causal if speaks else load.classifier)(part.base, tok, sharded=sharded)
         if part.adapter is not None:
             trunks[trunk] = _add_adapter(trunks[trunk], name, context, *part.adapter)
         if part.head is not None:
@@ -108,6 +105,7 @@ def _add_adapter(trunk: Any, name: str, context: Context, config: LoraConfig | N
     config = config or build.lora_config(context.block.adapter, plain(trunk), "CAUSAL_LM")
     speaks = hasattr(plain(trunk), "prepare_inputs_for_generation")  # PEFT refuses CAUSAL_LM on a classifier
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM" if speaks else None, None, False
+    config.lora_dropout = 0.0  # PPO's ratio must be 1 before the first update
     trunk = build.add(trunk, config, name)
     if weights is not None:
         build.put(trunk, name, weights)

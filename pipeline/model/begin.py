@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ from peft import PeftModel
 
 from pipeline import handoff
 from pipeline.adapters import build
+from pipeline.config.schema import Base
 from pipeline.engine import gather_state
 from pipeline.handoff import Baton
 from pipeline.model import load
@@ -20,33 +23,37 @@ TASKS: dict[str, str] = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}
 Kind = Literal["causal", "classifier"]
 
 
-def base_below(context: Context, baton: Baton | None, kind: Kind) -> tuple[str, Baton | None]:
-    """(path of the weights to build on, adapter baton to continue or None).
+def base_below(context: Context, baton: Baton | None, kind: Kind) -> tuple[Base, Baton | None]:
+    """(the weights to build on, adapter baton to continue or None).
 
     A parent's adapter of the same method and shape is continued on its own base; any other adapter is first written out
-    as a full model in `<stage>/base-of-<parent>`, because adapters never stack.
+    as a full model in `<stage>/base-of-<parent>-<content hash>`, because adapters never stack.
     """
-    if baton is None:
-        return context.base, None
-    if not baton.is_adapter:
-        return str(baton.path), None
-    handoff.check_base(baton, handoff.model_hash(baton.base, baton.manifest["base"].get("revision")))
     block = context.block
+    if baton is None:
+        return block.base.model_copy(update={"model": context.base}), None
+    if not baton.is_adapter:
+        return block.base.model_copy(update={"model": str(baton.path), "revision": None}), None
+    baton.check_base()
     if block.adapter.method == "lora" and build.same_method(block.adapter, baton.path):
-        return baton.base, baton
-    target = context.dir / f"base-of-{baton.manifest['stage']}"
-    if context.is_main:
-        load.materialise(block.base, baton, target, kind=kind if baton.manifest["kind"] != "reward" else "classifier")
+        record = baton.manifest["base"]
+        return block.base.model_copy(update={"model": record["model"], "revision": record["revision"]}), baton
+    target = context.dir / f"base-of-{baton.manifest['stage']}-{baton.content_hash[:12]}"
+    if context.is_main and not target.is_dir():
+        fresh = target.with_name(target.name + ".writing")
+        shutil.rmtree(fresh, ignore_errors=True)
+        load.materialise(block.base, baton, fresh, kind="classifier" if baton.manifest["kind"] == "reward" else kind)
+        os.rename(fresh, target)
     dist.barrier()
-    return str(target), None
+    return block.base.model_copy(update={"model": str(target), "revision": None}), None
 
 
 def model(context: Context, baton: Baton | None, tok: Any, kind: Kind, *, sharded: bool) -> tuple[Any, dict[str, Any]]:
     """The model a stage trains, adapter attached, and the manifest's record of its base."""
     block = context.block
-    path, adapter = base_below(context, baton, kind)
-    base = (load.causal if kind == "causal" else load.classifier)(block.base, path, tok, sharded=sharded)
-    record = base_record(context, path)
+    below, adapter = base_below(context, baton, kind)
+    base = (load.causal if kind == "causal" else load.classifier)(below, tok, sharded=sharded)
+    record = base_record(below)
     if block.adapter.method == "full":
         return base, record
     peft = build.attach(base, block.adapter, TASKS[kind])
@@ -58,13 +65,13 @@ def model(context: Context, baton: Baton | None, tok: Any, kind: Kind, *, sharde
     return peft, record
 
 
-def base_record(context: Context, path: str) -> dict[str, Any]:
-    revision = context.block.base.revision if path == context.base else None
+def base_record(base: Base) -> dict[str, Any]:
+    """What a manifest says of the weights below a stage's output."""
     return {
-        "model": path,
-        "revision": revision,
-        "content_hash": handoff.model_hash(path, revision),
-        "quantization": context.block.base.quantization,
+        "model": base.model,
+        "revision": base.revision,
+        "content_hash": handoff.model_hash(base.model, base.revision),
+        "quantization": base.quantization,
     }
 
 

@@ -74,9 +74,9 @@ def tokenizer(model: str, revision: str | None = None) -> Any:
     return loaded
 
 
-def causal(base: Base, path: str, tok: Any, *, sharded: bool) -> Any:
-    """A causal language model from `path`; `sharded` under ZeRO-3, where no device map may be given."""
-    model = _load(AutoModelForCausalLM, base, path, sharded)
+def causal(base: Base, tok: Any, *, sharded: bool) -> Any:
+    """The causal language model `base`; `sharded` under ZeRO-3, where no device map may be given."""
+    model = _load(AutoModelForCausalLM, base, sharded)
     _fit(model, tok)
     model.generation_config.pad_token_id = tok.pad_token_id
     model.generation_config.eos_token_id = sorted({tok.eos_token_id, *eos_ids(model)})
@@ -89,15 +89,15 @@ def eos_ids(model: Any) -> list[int]:
     return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 
 
-def classifier(base: Base, path: str, tok: Any, *, sharded: bool) -> Any:
-    """A sequence classifier with one label (the score); a head that `path` does not hold is drawn from torch's generator."""
-    model = _load(AutoModelForSequenceClassification, base, path, sharded, num_labels=1)
+def classifier(base: Base, tok: Any, *, sharded: bool) -> Any:
+    """A sequence classifier with one label (the score); a head that `base` does not hold is drawn from torch's generator."""
+    model = _load(AutoModelForSequenceClassification, base, sharded, num_labels=1)
     _fit(model, tok)
     return model
 
 
-def _load(kind: Any, base: Base, path: str, sharded: bool, **extra: Any) -> Any:
-    revision = base.revision if path == base.model else None
+def _load(kind: Any, base: Base, sharded: bool, **extra: Any) -> Any:
+    path, revision = base.model, base.revision
     options: dict[str, Any] = {
         "dtype": DTYPES[base.dtype],
         "attn_implementation": base.attn_implementation,
@@ -199,12 +199,22 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
     from peft import PeftConfig, PeftModel
 
     tok = AutoTokenizer.from_pretrained(str(baton.path))
-    whole = base.model_copy(update={"quantization": None, "dtype": "fp32"})
-    build = causal if kind == "causal" else classifier
+    record = baton.manifest["base"]
+    held = base.model_copy(
+        update={
+            "model": record["model"],
+            "revision": record["revision"],
+            "quantization": record["quantization"],
+            "dtype": "bf16" if record["quantization"] else "fp32",
+        }
+    )
     config = PeftConfig.from_pretrained(str(baton.path))
     config.task_type = None  # PEFT refuses a language model's adapter on a classifier
     with _whole_weights():
-        model = PeftModel.from_pretrained(build(whole, baton.base, tok, sharded=False), str(baton.path), config=config)
+        below = (causal if kind == "causal" else classifier)(held, tok, sharded=False)
+        if held.quantization is not None:  # what the adapter was trained on are the quantised weights' values
+            below = below.dequantize()
+        model = PeftModel.from_pretrained(below.float(), str(baton.path), config=config)
     merged = model.merge_and_unload().to(DTYPES[base.dtype])
     merged.save_pretrained(target)
     tok.save_pretrained(target)

@@ -110,10 +110,11 @@ class Roles(nn.Module):
         index = _response_index(prompt_lengths, width, tokens.shape[1])
         rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
         picked = logits[rows, index - 1 - first].float() / temperature
-        all_log_probs = torch.log_softmax(picked, dim=-1)
-        chosen = all_log_probs.gather(-1, tokens.gather(1, index).unsqueeze(-1)).squeeze(-1)
-        with torch.no_grad():
-            entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+        normaliser = picked.logsumexp(-1)
+        chosen = picked.gather(-1, tokens.gather(1, index).unsqueeze(-1)).squeeze(-1) - normaliser
+        with torch.no_grad():  # row by row: a softmax of the whole batch would be one more copy of [B, T, vocabulary]
+            spread = torch.stack([(row.softmax(-1) * row).sum(-1) for row in picked.detach()])
+            entropy = normaliser.detach() - spread
         return chosen, entropy
 
     def values(self, role: str, tokens: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:

@@ -102,7 +102,7 @@ def evaluate(context: Context) -> None:
 
     with context.tracker(1, 0) as tracker:
         tracker.log(1, metrics)
-    base = begin.base_record(context, parts["model"].path)
+    base = begin.base_record(parts["model"].base)
     context.publish(write, base=base, method="none", metrics=metrics, split=split, zero_stage=0)
 
 

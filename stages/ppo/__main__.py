@@ -16,8 +16,9 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline import checkpoint, engine
+from pipeline.config.recipe import deepspeed_config
 from pipeline.config.recipe import split as split_batch
-from pipeline.config.schema import Ppo
+from pipeline.config.schema import Base, Ppo
 from pipeline.data import encode
 from pipeline.data.split import Split, load
 from pipeline.errors import UserError
@@ -35,7 +36,7 @@ class Setup:
     """A PPO run ready to start or to resume: the loop, where the policy's base lies, the tokenizer, the data, ZeRO stage."""
 
     loop: Loop
-    base: str
+    base: Base
     tok: Any
     split: Split
     zero: int
@@ -53,10 +54,15 @@ def ppo(context: Context) -> None:
     with context.tracker(block.steps, loop.step) as tracker:
         loop.run(tracker)
     if block.publish == "best" and loop.best_step:
-        loop.resume(context.checkpoints / f"step-{loop.best_step}")
+        best = context.checkpoints / f"step-{loop.best_step}"
+        if problem := engine.agreed(checkpoint.damage(best) if context.is_main else None):
+            raise UserError(
+                str(best), f"the best checkpoint is damaged: {problem}", fix="run the stage again with --from"
+            )
+        loop.resume(best)
     metrics = loop.evaluate() if loop.held_out else {}
 
-    base = begin.base_record(context, setup.base)
+    base = begin.base_record(setup.base)
     write = begin.writer(loop.engine.module.trunks["policy"], setup.tok, base, "policy")
     context.publish(
         write, base=base, method=block.adapter.method, metrics=metrics, split=setup.split, zero_stage=setup.zero
@@ -71,6 +77,7 @@ def prepare(context: Context, block: Ppo) -> Setup:
     encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
     prompts = encode.prompts(encoder, split, "train", block.sampling.max_prompt_length)
     held_out = encode.prompts(encoder, split, "held_out", block.sampling.max_prompt_length)
+    context.require_held_out(block.eval_every, held_out)
     if not prompts:
         raise UserError(
             context.recipe.where("stages", context.stage, "sampling", "max_prompt_length"),
@@ -102,7 +109,7 @@ def prepare(context: Context, block: Ppo) -> Setup:
         eos,
         synced=zero == 3 and context.world_size > 1,
     )
-    return Setup(loop, described["policy"].path, tok, split, zero)
+    return Setup(loop, described["policy"].base, tok, split, zero)
 
 
 def configuration(context: Context, block: Ppo) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def configuration(context: Context, block: Ppo) -> dict[str, Any]:
         block.micro_batch,
     )
     return engine.overlay(
-        engine.read_config(context.recipe, context.stage),
+        deepspeed_config(context.recipe, context.stage),
         dtype=block.base.dtype,
         micro_batch=micro,
         accumulation=accumulation,

@@ -19,16 +19,17 @@ def parts(context: Context) -> dict[str, Part]:
     """Policy, reference, critic and reward (and `base`). A parent that cannot be continued is written out whole first."""
     block = cast(Ppo, context.block)
     full = block.adapter.method == "full"
-    path, continued = begin.base_below(context, context.parent("policy"), "causal")
+    below, continued = begin.base_below(context, context.parent("policy"), "causal")
     weights = build.read(continued.path)[0] if continued else None
-    policy = Part(path, block.base, None if full else (None, weights), trained=True, own=full)
+    policy = Part(below, None if full else (None, weights), trained=True, own=full)
     # Fresh LoRA is the identity: the policy as PPO starts is then the base with the adapter off.
     copied = (LoraConfig.from_pretrained(str(continued.path)), weights) if continued else None
-    reference = Part(path, block.base, copied)
+    reference = Part(below, copied)
     reward = scoring(context.batons[block.reward], block.base)
     described = {"policy": policy, "reference": reference, "critic": _critic(context, policy, reward), "reward": reward}
-    if continued:  # for the canary alone: the policy's base with its adapter off, on the same trunk
-        described["base"] = Part(path, block.base)
+    if weights and any(value.any() for name, value in weights.items() if "lora_B" in name):
+        # For the canary alone: the policy's base with its adapter, which is not the identity, off; on the same trunk.
+        described["base"] = Part(below)
     return described
 
 
@@ -36,13 +37,15 @@ def _critic(context: Context, policy: Part, reward: Part) -> Part:
     block = cast(Ppo, context.block)
     full = block.adapter.method == "full"
     if block.critic.init == "base":
-        return Part(context.base, block.base, None if full else (None, None), {}, trained=True, own=full)
+        base = block.base.model_copy(update={"model": context.base})
+        return Part(base, None if full else (None, None), {}, trained=True, own=full)
     if block.critic.init == "policy":
-        return Part(policy.path, block.base, policy.adapter, {}, trained=True, own=full)
-    path, continued = begin.base_below(context, context.batons[block.reward], "classifier")
+        return Part(policy.base, policy.adapter, {}, trained=True, own=full)
+    below, continued = begin.base_below(context, context.batons[block.reward], "classifier")
     weights = build.read(continued.path)[0] if continued else None
-    held = block.base if full else reward.base
-    return Part(path, held, None if full else (None, weights), reward.head, trained=True, own=full)
+    if not full:  # on the reward model's trunk, held as it is there
+        below = below.model_copy(update={"quantization": reward.base.quantization})
+    return Part(below, None if full else (None, weights), reward.head, trained=True, own=full)
 
 
 def sharing(roles: Roles) -> str:

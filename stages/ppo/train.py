@@ -17,7 +17,7 @@ from pipeline import checkpoint, engine
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Ppo
 from pipeline.data.encode import Encoder
-from pipeline.generation.rollout import Rollout, keys
+from pipeline.generation.rollout import Rollout, join, keys
 from pipeline.stage import Context, Stopped
 from pipeline.tracking import Tracker
 from stages.ppo.experience import Experience, experience, judge
@@ -90,6 +90,8 @@ class Loop:
     def run(self, tracker: Tracker) -> None:
         """Steps from where the loop stands to the end. Raises Stopped after saving when asked to stop."""
         block, first = self.block, self.step
+        if block.early_stopping and self.stale >= block.early_stopping:
+            return  # resumed from the checkpoint at which training ended early
         for step in range(first, block.steps):
             clock = Clock()
             with clock.phase("rollout"):
@@ -119,17 +121,22 @@ class Loop:
         first = self.rank * share
         numbers = torch.arange(first, first + share) + step * self.block.rollout_batch
         noise = keys(self.block.seed + seed_offset, step, numbers, torch.zeros_like(numbers)).to(self.engine.device)
+        pad, mine, size = self.encoder.tokenizer.pad_token_id, prompts[first : first + share], self.block.sampling.batch
         with self.engine.module.evaluating():
-            return self.engine(
-                "rollout",
-                "policy",
-                prompts[first : first + share],
-                noise,
-                self.block.sampling,
-                pad=self.encoder.tokenizer.pad_token_id,
-                eos=self.eos,
-                synced=self.synced,
-            )
+            parts = [
+                self.engine(
+                    "rollout",
+                    "policy",
+                    mine[start : start + size],
+                    noise[start : start + size],
+                    self.block.sampling,
+                    pad=pad,
+                    eos=self.eos,
+                    synced=self.synced,
+                )
+                for start in range(0, share, size)
+            ]
+        return join(parts, pad)
 
     def update(self, batch: Experience, step: int) -> dict[str, float]:
         """PPO epochs over minibatches of the rollout; the optimizer steps once per minibatch.

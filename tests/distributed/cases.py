@@ -204,3 +204,42 @@ def _plain(baton: Any, base: Any, kind: str) -> Any:
     if not baton.is_adapter:
         return auto.from_pretrained(baton.path, **options).eval()
     return PeftModel.from_pretrained(auto.from_pretrained(baton.base, **options), baton.path).eval()
+
+
+def merged_like_adapter(recipe: str, run_dir: str) -> dict[str, float]:
+    """Mean log-probability differences of the merged SFT parent: to its 4-bit adapter form, and to the original base."""
+    from pipeline import stage
+
+    found: dict[str, float] = {}
+
+    def compare(context: Any) -> None:
+        from peft import PeftModel
+
+        from pipeline import engine
+        from pipeline.adapters import build
+        from pipeline.model import begin, load
+
+        engine.start(0)
+        baton, base = context.batons["sft"], context.block.base
+        tok = load.tokenizer(str(baton.path))
+        text = tok("Anna visits the palace. What does she see?\nShe sees an old mirror.")["input_ids"]
+        tokens = torch.tensor([text])
+        below, adapter = begin.base_below(context, baton, "causal")
+        assert adapter is None
+        assert not build.same_method(context.block.adapter, baton.path)
+
+        def read(model: Any) -> torch.Tensor:
+            with torch.no_grad():
+                return model.eval()(input_ids=tokens).logits.float().log_softmax(-1)
+
+        merged = read(load.causal(below.model_copy(update={"quantization": None}), tok, sharded=False))
+        held = base.model_copy(update={"model": baton.base})
+        four_bit = read(PeftModel.from_pretrained(load.causal(held, tok, sharded=False), baton.path))
+        whole = held.model_copy(update={"quantization": None})
+        original = read(PeftModel.from_pretrained(load.causal(whole, tok, sharded=False), baton.path))
+        found.update(
+            difference=float((merged - four_bit).abs().mean()), to_the_original=float((merged - original).abs().mean())
+        )
+
+    stage.execute(compare, recipe, "ppo", Path(run_dir), ["deepspeed.num_gpus=1"], 0, 1)
+    return found

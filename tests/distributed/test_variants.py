@@ -430,7 +430,8 @@ def test_added_pad(ranks: Get, padless: Path, tmp_path: Path, method: str) -> No
     assert differences["reward"] <= 2e-5
     # Beside an adapter the pad's row is not published: the probability it took in training is missing in plain readings.
     assert differences["sft"] <= 2e-5
-    assert differences["ppo"] <= 2e-5
+    # A full model is published with the pad's row, which plain readings give the probability of a random row.
+    assert differences["ppo"] <= (5e-3 if method == "full" else 2e-5)
     if method == "full":
         model = AutoModelForCausalLM.from_pretrained(case.dir / "ppo" / "output")
         assert model.get_input_embeddings().num_embeddings == vocabulary + 1

@@ -340,14 +340,20 @@ def test_model_hash_is_of_weights_and_config(tmp_path: Path) -> None:
 # Checks between stages.
 
 
-def test_an_adapter_on_another_base_is_refused(stage: Path) -> None:
-    baton = open_baton(stage)
-    handoff.check_base(baton, BASE_HASH)
+def test_an_adapter_on_another_base_is_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(WEIGHTS)
+    recorded = {"model": str(base), "revision": None, "content_hash": handoff.model_hash(str(base))}
+    baton = publish(tmp_path / "sft", writer(), facts(base=recorded))
+    baton.check_base()
+    (base / "model.safetensors").write_bytes(WEIGHTS + b"!")
     with pytest.raises(UserError) as error:
-        handoff.check_base(baton, "c" * 64)
+        baton.check_base()
+    found = handoff.model_hash(str(base))
     assert str(error.value).splitlines() == [
-        f"{stage / 'output'}: this adapter was trained on another base: models/base now has content cccccccccccccccc…",
-        "  expected content bbbbbbbbbbbbbbbb…",
+        f"{tmp_path}/sft/output: this adapter was trained on another base: {base} now has content {found[:16]}…",
+        f"  expected content {recorded['content_hash'][:16]}…",
         "  fix: restore that base, or run the stage again: relay run RECIPE --from sft",
     ]
 
@@ -356,7 +362,7 @@ def test_a_full_model_has_no_base_to_check(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(WEIGHTS)
 
-    handoff.check_base(publish(tmp_path / "sft", write, facts()), "c" * 64)
+    publish(tmp_path / "sft", write, facts()).check_base()
 
 
 def test_different_tokenizers_are_refused(stage: Path, tmp_path: Path) -> None:

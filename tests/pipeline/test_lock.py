@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.lock import HELD, run_lock
+from pipeline.lock import run_lock
 
 pytestmark = pytest.mark.fast
 
@@ -26,11 +26,6 @@ with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
-
-
-@pytest.fixture(autouse=True)
-def _no_parent_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(HELD, raising=False)
 
 
 @contextmanager
@@ -74,17 +69,6 @@ def test_it_is_released_in_order_and_after_an_error(tmp_path: Path) -> None:
         raise RuntimeError("training failed")
     with holder(tmp_path):
         pass
-
-
-def test_processes_of_the_holder_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`relay run` holds the lock and tells its ranks so; for another run directory that does not count."""
-    with holder(tmp_path / "run"):
-        monkeypatch.setenv(HELD, str(tmp_path / "run"))
-        with run_lock(tmp_path / "run"):
-            pass
-        monkeypatch.setenv(HELD, str(tmp_path / "other"))
-        with pytest.raises(UserError, match="another process writes to it"), run_lock(tmp_path / "run"):
-            pass
 
 
 def test_an_unreadable_record_of_the_holder_is_said(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class Ranks:
 
         self.world, self.folder, self.count = world, folder, 0
         folder.mkdir(parents=True, exist_ok=True)
-        env = environment(folder)
+        env = environment()
         env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")])
         self.log = (folder / "log.txt").open("w")
         self.process = subprocess.Popen(
