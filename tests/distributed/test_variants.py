@@ -140,12 +140,18 @@ def test_reward_model_of_another_size(two_sizes: Case, tmp_path: Path, overrides
     assert max(case.opens(*overrides).values()) <= 2e-5
 
 
+def merged_base(stage: Path, parent: str) -> Path:
+    """The one full model that `stage` made of `parent`'s adapter."""
+    (found,) = stage.glob(f"base-of-{parent}-*")
+    return found
+
+
 def test_full_from_adapters(lora: Case, tmp_path: Path) -> None:
     """Parents are merged into full models first, and merging changes no logit."""
     case = lora.copy(tmp_path)
     output = case.run("ppo", *FULL)
-    merged = case.dir / "ppo" / "base-of-sft"
-    assert (case.dir / "ppo" / "base-of-reward").is_dir()
+    merged = merged_base(case.dir / "ppo", "sft")
+    assert merged_base(case.dir / "ppo", "reward").is_dir()
     assert case.manifest("ppo")["base"]["model"] == str(merged)
     assert not (output / ADAPTER).exists()
     adapter = case.dir / "sft" / "output"
@@ -185,7 +191,7 @@ def test_lora_of_another_rank(lora: Case, tmp_path: Path) -> None:
     output = case.run("ppo", *overrides, world=2)
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["r"] == 2
-    assert config["base_model_name_or_path"] == str(case.dir / "ppo" / "base-of-sft")
+    assert config["base_model_name_or_path"] == str(merged_base(case.dir / "ppo", "sft"))
     case.assert_reference_is_the_start()
     assert max(case.opens(*overrides).values()) <= 2e-5
 
@@ -236,7 +242,7 @@ def test_full_reward_from_the_sft_adapter(lora: Case, tmp_path: Path, zero: str)
         world=2,
     )
     ours = load_file(output / "model.safetensors")
-    theirs = load_file(case.dir / "reward" / "base-of-sft" / "model.safetensors")
+    theirs = load_file(merged_base(case.dir / "reward", "sft") / "model.safetensors")
     layer = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(ours[layer], theirs[layer], rtol=0, atol=1e-9)
     base = Path(case.manifest("sft")["base"]["model"])
@@ -322,6 +328,7 @@ def test_sft_stops_early_and_publishes_the_best(lora: Case, tmp_path: Path) -> N
         "stages.sft.eval_every=1",
         "stages.sft.early_stopping=2",
         "stages.sft.publish=best",
+        "stages.sft.save_every=null",
     )
     losses = {int(row["step"]): row["eval_loss"] for row in case.rows("sft") if "eval_loss" in row}
     best, last = min(losses, key=lambda step: losses[step]), max(losses)
