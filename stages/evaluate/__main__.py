@@ -53,37 +53,11 @@ def evaluate(context: Context) -> None:
     parts |= {role: scoring(context.batons[name], block.base) for role, name in rewards.items()}
     roles = assemble(context, parts, tok, sharded=False).to(device)
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = list(range(rank, len(prompts), world))
-    eos = eos_ids(plain(roles.trunks[roles.roles["model"].trunk]))
-    answers: dict[str, list[dict[str, Any]]] = {"model": [], "against": []}
-    size = block.micro_batch or 32
-    with roles.evaluating():
-        for start in range(0, len(mine), size):
-            picked = mine[start : start + size]
-            for side, rows in answers.items():
-                numbers = torch.tensor(picked)
-                noise = keys(block.seed, 0, numbers, torch.zeros_like(numbers)).to(device)
-                rollout = roles(
-                    "rollout",
-                    side,
-                    [prompts[i] for i in picked],
-                    noise,
-                    block.sampling,
-                    pad=tok.pad_token_id,
-                    eos=eos,
-                    synced=False,
-                )
-                rows += describe(roles, rollout, picked, rewards, encoder, block.sampling.temperature)
-    sides = {side: together(rows) for side, rows in answers.items()}
-
+    sides = {side: answers(block, roles, side, prompts, rewards, encoder) for side in ("model", "against")}
     metrics = summary(sides, list(rewards.values()))
     if judge is not None:
         scores = {side: judge([r["prompt"] for r in rows], [r["reply"] for r in rows]) for side, rows in sides.items()}
-        for side, values in scores.items():
-            metrics[f"judge/{side}"] = sum(values) / len(values)
-        rate, low, high = win_rate(scores["model"], scores["against"], seed=block.seed)
-        metrics |= {"judge/win_rate": rate, "judge/win_rate_low": low, "judge/win_rate_high": high}
+        metrics |= compared("judge", scores["model"], scores["against"], block.seed)
     table = [
         {
             "prompt": m["prompt"],
@@ -104,6 +78,38 @@ def evaluate(context: Context) -> None:
         tracker.log(1, metrics)
     base = begin.base_record(parts["model"].base)
     context.publish(write, base=base, method="none", metrics=metrics, split=split, zero_stage=0)
+
+
+def answers(
+    block: Evaluate,
+    roles: Roles,
+    side: str,
+    prompts: list[list[int]],
+    rewards: dict[str, str],
+    encoder: encode.Encoder,
+) -> list[dict[str, Any]]:
+    """One record per prompt of what `side` replies, in prompt order on every rank; each rank answers its part."""
+    mine = list(range(dist.get_rank(), len(prompts), dist.get_world_size()))
+    model = plain(roles.trunks[roles.roles[side].trunk])
+    size, rows = block.micro_batch or 32, []
+    with roles.evaluating():
+        for start in range(0, len(mine), size):
+            picked = mine[start : start + size]
+            numbers = torch.tensor(picked)
+            noise = keys(block.seed, 0, numbers, torch.zeros_like(numbers)).to(model.device)
+            asked = [prompts[i] for i in picked]
+            rollout = roles(
+                "rollout",
+                side,
+                asked,
+                noise,
+                block.sampling,
+                pad=encoder.tokenizer.pad_token_id,
+                eos=eos_ids(model),
+                synced=False,
+            )
+            rows += describe(roles, rollout, picked, rewards, encoder, block.sampling.temperature)
+    return together(rows)
 
 
 def describe(
@@ -143,23 +149,28 @@ def together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(sides: dict[str, list[dict[str, Any]]], rewards: list[str]) -> dict[str, float]:
-    """Means over the held-out prompts, for both sides."""
+    """Means over the held-out prompts, for both sides, and the reward models' win rates."""
     metrics: dict[str, float] = {"prompts": float(len(sides["model"]))}
     for side, rows in sides.items():
-        for name in rewards:
-            metrics[f"score/{name}/{side}"] = sum(r["scores"][name] for r in rows) / len(rows)
         metrics[f"length/{side}"] = sum(r["length"] for r in rows) / len(rows)
         metrics[f"ended/{side}"] = sum(r["ended"] for r in rows) / len(rows)
     metrics["kl"] = sum(r["kl"] for r in sides["model"]) / len(sides["model"])
     for name in rewards:
         ours, theirs = ([r["scores"][name] for r in sides[side]] for side in ("model", "against"))
-        rate, low, high = win_rate(ours, theirs)
-        metrics |= {
-            f"score/{name}/win_rate": rate,
-            f"score/{name}/win_rate_low": low,
-            f"score/{name}/win_rate_high": high,
-        }
+        metrics |= compared(f"score/{name}", ours, theirs)
     return metrics
+
+
+def compared(name: str, ours: list[float], theirs: list[float], seed: int = 0) -> dict[str, float]:
+    """Mean scores of both sides and the share of prompts that `ours` wins, with its 95 % interval."""
+    rate, low, high = win_rate(ours, theirs, seed=seed)
+    return {
+        f"{name}/model": sum(ours) / len(ours),
+        f"{name}/against": sum(theirs) / len(theirs),
+        f"{name}/win_rate": rate,
+        f"{name}/win_rate_low": low,
+        f"{name}/win_rate_high": high,
+    }
 
 
 if __name__ == "__main__":
