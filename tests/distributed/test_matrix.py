@@ -49,7 +49,10 @@ def test_subset_covers_every_pair() -> None:
 def test_chain(
     ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path, method: str, zero: int, world: int
 ) -> None:
-    recipe = str(tiny.recipe(tmp_path / "tiny.yaml", tiny_llama, deepspeed__config=f"zero{zero}", **METHODS[method]))
+    steps = {f"stages__{stage}__steps": 2 for stage in ("sft", "reward", "ppo")}
+    recipe = str(
+        tiny.recipe(tmp_path / "tiny.yaml", tiny_llama, deepspeed__config=f"zero{zero}", **steps, **METHODS[method])
+    )
     run = str(tmp_path / "run")
     hashes = ranks(world).call("tests.support.stages:chain", recipe=recipe, run_dir=run)
     assert all(h == hashes[0] for h in hashes)
