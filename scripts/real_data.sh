@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The two recipes on real data and a real 260K-parameter model, in full; writes docs/results/hh.md and docs/results/polite.md.
+# The two recipes on real data and a real 260K-parameter model, in full; writes the tables of docs/results.
 # RELAY_TEST_DATA is the folder that holds stories260K, hh-rlhf and polite-pref; default ../shared/data.
 set -euo pipefail
 cd "$(dirname "$0")/.."
