@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import torch
 from transformers import (
     AutoConfig,
@@ -163,11 +164,26 @@ def _fit(model: Any, tok: Any) -> None:
     """Give the model a row for an added pad token, and tell its config which tokens pad and end."""
     if tok.pad_token_id >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(tok.pad_token_id + 1, mean_resizing=False)
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            _mean_row(layer.weight)
     if tok.pad_token == ADDED_PAD and model.get_output_embeddings() is not None:
         model.get_output_embeddings().register_forward_hook(_never(tok.pad_token_id))
     text = model.config.get_text_config()
     text.pad_token_id, text.eos_token_id = tok.pad_token_id, tok.eos_token_id
     model.config.use_cache = True
+
+
+def _mean_row(weight: torch.nn.Parameter) -> None:
+    """Make the last row of `weight` [V + 1, D] the mean of the others.
+
+    Who reads the published model without Relay then gives the added token at most the share 1 / (V + 1): its logit is the
+    mean logit, and exp(mean) is at most the mean of the exponentials. A random row can take any share.
+    """
+    with (
+        torch.no_grad(),
+        deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=hasattr(weight, "ds_id")),
+    ):
+        weight[-1] = weight[:-1].float().mean(0).to(weight.dtype)
 
 
 def _never(token: int) -> Callable[..., torch.Tensor]:

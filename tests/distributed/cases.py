@@ -138,7 +138,8 @@ def run_stage(recipe: str, stage: str, run_dir: str, overrides: list[str] | None
 def opens_plainly(recipe: str, run_dir: str, overrides: list[str] | None = None) -> dict[str, float]:
     """Largest difference between Relay's reading of each published stage and plain transformers and PEFT reading it.
 
-    For policies the log-probabilities of a text's tokens, for the reward model its score.
+    For policies the log-probabilities of a text's tokens among the base's own tokens, for the reward model its score.
+    `pad_share` is the largest probability that plain transformers give an added pad token in what PPO published.
     """
     from pipeline import stage
 
@@ -159,7 +160,7 @@ def opens_plainly(recipe: str, run_dir: str, overrides: list[str] | None = None)
 def _compare(context: Any) -> dict[str, float]:
     from pipeline import engine, handoff
     from pipeline.model.assemble import assemble, scoring, speaking
-    from pipeline.model.load import tokenizer
+    from pipeline.model.load import ADDED_PAD, tokenizer
 
     engine.start(0)
     batons = {name: handoff.open_baton(context.run_dir / name) for name in ("sft", "reward", "ppo")}
@@ -177,6 +178,9 @@ def _compare(context: Any) -> dict[str, float]:
         for name in ("sft", "ppo"):
             ours, _ = roles("log_probs", name, tokens, prompt, len(text) - 10, 1.0)
             logits = _plain(batons[name], context.block.base, "causal")(input_ids=tokens).logits[0, 9:-1].float()
+            if tok.pad_token == ADDED_PAD:
+                differences["pad_share"] = float(logits.softmax(-1)[:, tok.pad_token_id :].sum(-1).max())
+                logits = logits[:, : tok.pad_token_id]
             theirs = logits.log_softmax(-1).gather(1, tokens[0, 10:, None])[:, 0]
             differences[name] = float((ours[0] - theirs).abs().max())
         score = roles("scores", "reward", tokens, torch.tensor([len(text)]))
@@ -243,3 +247,12 @@ def merged_like_adapter(recipe: str, run_dir: str) -> dict[str, float]:
 
     stage.execute(compare, recipe, "ppo", Path(run_dir), ["deepspeed.num_gpus=1"], 0, 1)
     return found
+
+
+def shared_buffers(seed: int) -> list[str]:
+    """Names of all-reduce buffers of this job in shared memory, after the ranks have started."""
+    from pipeline import engine
+
+    engine.start(seed)
+    torch.distributed.barrier()
+    return [path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")]

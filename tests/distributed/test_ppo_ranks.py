@@ -116,3 +116,8 @@ def test_critic_loss_does_not_touch_the_policy(ranks: Get, published: tuple[str,
     )
     assert scaled["norms"][1] == pytest.approx(100 * plain["norms"][1], rel=1e-3)
     assert scaled["policy"] == plain["policy"]
+
+
+def test_no_shared_memory_outlives_the_ranks(ranks: Get) -> None:
+    """DeepSpeed's buffers have no name any more once the ranks run: a kill leaves nothing of them behind."""
+    assert ranks(2).call("tests.distributed.cases:shared_buffers", seed=0) == [[], []]
