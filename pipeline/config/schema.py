@@ -6,9 +6,10 @@ of sequences per optimizer step over all ranks; micro-batches and accumulation f
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(gt=0)]
@@ -162,11 +163,108 @@ class Reward(Supervised):
     center: NonNegative | None = None
 
 
+def _function(value: str) -> str:
+    if value.count(":") != 1:
+        raise ValueError("a function is written `package.module:function`")
+    return value
+
+
+class StageReward(Block):
+    """The score of a reward stage, or of several: an ensemble, combined by their mean, minimum or mean less `k` standard
+    deviations (Coste et al. 2024, arXiv 2310.02743)."""
+
+    stage: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
+    combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    k: NonNegative = 1.0
+    weight: float = 1.0
+
+
+class FunctionReward(Block):
+    """A Python function `package.module:function(prompts, responses, rows) -> scores`; `rows` are the prompts' data rows."""
+
+    function: Annotated[str, AfterValidator(_function)]
+    weight: float = 1.0
+
+
+class HttpReward(Block):
+    """An endpoint that takes JSON {prompts, responses, rows} and answers {scores}; seconds, bytes, rows per request.
+
+    A request is tried `1 + retries` times, `backoff` seconds apart and twice as long each time. When all fail the run stops,
+    or, with `on_failure: skip`, the rollout batch is left out and counted.
+    """
+
+    http: Annotated[str, Field(pattern=r"^https?://")]
+    batch: Positive = 64
+    timeout: Annotated[float, Field(gt=0.0)] = 30.0
+    retries: Annotated[int, Field(ge=0)] = 3
+    backoff: NonNegative = 1.0
+    max_bytes: Positive = 16_000_000
+    on_failure: Literal["stop", "skip"] = "stop"
+    weight: float = 1.0
+
+
+class VerifyReward(Block):
+    """A check of the reply: `exact_answer` compares its final number with that of the row's `field` (as GSM8K writes it,
+    after `####`), `format` asks whether the regular expression `pattern` matches the whole reply. 1 or 0."""
+
+    verify: Literal["exact_answer", "format"]
+    field: str = "answer"
+    pattern: str | None = None
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _format_has_a_pattern(self) -> VerifyReward:
+        if (self.verify == "format") != (self.pattern is not None):
+            raise ValueError("`pattern` belongs to `verify: format`, which needs it")
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(f"`pattern` is not a regular expression: {error}") from None
+        return self
+
+
+REWARD_KEYS = ("stage", "function", "http", "verify")
+
+
+def _reward_key(value: Any) -> str | None:
+    found = [key for key in REWARD_KEYS if (key in value if isinstance(value, dict) else hasattr(value, key))]
+    return found[0] if len(found) == 1 else None
+
+
+RewardSource = Annotated[
+    Annotated[StageReward, Tag("stage")]
+    | Annotated[FunctionReward, Tag("function")]
+    | Annotated[HttpReward, Tag("http")]
+    | Annotated[VerifyReward, Tag("verify")],
+    Discriminator(
+        _reward_key,
+        custom_error_type="reward_source",
+        custom_error_message="one of the keys stage, function, http, verify",
+    ),
+]
+RewardSources = Annotated[
+    list[RewardSource],
+    BeforeValidator(lambda v: [{"stage": v}] if isinstance(v, str) else v),
+    Field(min_length=1),
+]
+"""One reward stage's name, or a list of sources whose scores are weighted and added."""
+
+
+def reward_stages(*sources: RewardSource) -> list[str]:
+    """The reward stages that `sources` name, each once, in order."""
+    return list(dict.fromkeys(name for source in sources if isinstance(source, StageReward) for name in source.stage))
+
+
 class Kl(Block):
-    """The KL penalty. `target` switches on the adaptive controller of Ziegler et al. 2019 (arXiv 1909.08593) with `horizon`."""
+    """The KL penalty. `target` switches on the adaptive controller of Ziegler et al. 2019 (arXiv 1909.08593) with `horizon`.
+
+    `place` and `estimator` are the advantage estimator's own unless given: k1 in the reward, k3 in the loss.
+    """
 
     coef: NonNegative = 0.05
-    estimator: Literal["k1", "k3"] = "k1"
+    place: Literal["reward", "loss"] | None = None
+    estimator: Literal["k1", "k3"] | None = None
     target: Annotated[float, Field(gt=0.0)] | None = None
     horizon: Positive = 10000
 
@@ -183,38 +281,130 @@ class Sampling(Block):
 
 
 class Critic(Block):
-    """The critic's own optimizer settings and what it starts from."""
+    """The critic's own optimizer settings and what it starts from. Settings not given are the policy's."""
 
     init: Literal["reward", "policy", "base"] = "reward"
     lr: Annotated[float, Field(gt=0.0)] | None = None
+    lr_schedule: Literal["constant", "linear", "cosine"] | None = None
+    warmup: NonNegative | None = None
     weight_decay: NonNegative | None = None
     max_grad_norm: NonNegative | None = None
 
 
+class Overlong(Block):
+    """Soft overlong punishment (Yu et al. 2025, arXiv 2503.14476, equation 13): nothing up to max_response_length - buffer
+    tokens, then linearly down to -penalty at max_response_length."""
+
+    buffer: Positive
+    penalty: NonNegative = 1.0
+
+
+class Ptx(Block):
+    """A supervised loss mixed into every update (PPO-ptx, Ouyang et al. 2022, arXiv 2203.02155, equation 2).
+
+    Each minibatch learns from `batch` rows of `data` too, with weight `coef`, which moves linearly to `final_coef` over the
+    stage's steps when that is given.
+    """
+
+    data: Annotated[list[Source], Field(min_length=1)]
+    coef: NonNegative = 1.0
+    final_coef: NonNegative | None = None
+    batch: Positive = 32
+    max_length: Positive = 512
+    loss_on: Literal["completion", "all"] = "completion"
+
+
+SignalName = Literal[
+    "over_optimisation",
+    "length_drift",
+    "kl_budget",
+    "entropy_collapse",
+    "clip_fraction",
+    "explained_variance",
+    "identical_responses",
+    "truncated_responses",
+]
+
+
+class Signals(Block):
+    """When to warn. A signal is raised once its condition has held for `patience` steps running (evaluations, for
+    `over_optimisation`); a threshold of null is off. `stop_on` names the signals that end the training.
+
+    over_optimisation     the held-out gold score fell by more than this many of its standard deviations since it was best,
+                          while the held-out training score rose
+    length_drift          mean response length, as a factor more or less than in the first step
+    kl_budget             objective/kl, nats per response
+    entropy_collapse      policy entropy, as a share of the first step's
+    clip_fraction         policy/clipfrac_avg
+    explained_variance    val/explained_variance, below
+    identical_responses   share of responses that another prompt or sample of the batch also got
+    truncated_responses   share of responses without EOS
+    """
+
+    patience: Positive = 3
+    over_optimisation: NonNegative | None = 0.1
+    length_drift: Annotated[float, Field(gt=1.0)] | None = 2.0
+    kl_budget: Annotated[float, Field(gt=0.0)] | None = None
+    entropy_collapse: Fraction | None = 0.1
+    clip_fraction: Fraction | None = 0.5
+    explained_variance: float | None = 0.0
+    identical_responses: Fraction | None = 0.5
+    truncated_responses: Fraction | None = 0.9
+    stop_on: list[SignalName] = []
+
+
 class Ppo(Stage, Training):
-    """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a KL penalty to the starting policy."""
+    """Policy-gradient training against a reward (PPO: Schulman et al. 2017, arXiv 1707.06347) with a KL penalty to the
+    starting policy. `rollout_batch` counts responses: `samples_per_prompt` for each prompt."""
 
     kind: Literal["ppo"]
     policy: str
-    reward: str
+    reward: RewardSources
+    gold: RewardSources | None = None
     prompts: Annotated[list[Source], Field(min_length=1)]
     rollout_batch: Positive = 64
+    samples_per_prompt: Positive = 1
     minibatches: Positive = 1
     epochs: Positive = 1
     steps: Positive
     micro_batch: Positive | None = None
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    publish: Literal["best", "last", "ema"] = "last"  # type: ignore[assignment]
     sampling: Sampling = Sampling()
-    critic: Critic = Critic()
-    kl: Kl = Kl()
+    advantage_estimator: str = "gae"
+    group_std: bool = True
+    whiten: bool | None = None
+    loss_aggregation: Literal["token", "sequence"] | None = None
     gamma: Fraction = 1.0
     lam: Fraction = 0.95
+    critic: Critic = Critic()
+    freezing_actor_steps: Annotated[int, Field(ge=0)] = 0
+    kl: Kl = Kl()
     clip: Annotated[float, Field(gt=0.0)] = 0.2
-    value_clip: Annotated[float, Field(gt=0.0)] = 0.2
-    whiten: bool = True
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    value_clip: Annotated[float, Field(gt=0.0)] | None = 0.2
+    target_kl: Annotated[float, Field(gt=0.0)] | None = None
+    entropy_coef: NonNegative = 0.0
+    ptx: Ptx | None = None
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    normalize_scores: bool = False
     score_clip: Annotated[float, Field(gt=0.0)] | None = None
     missing_eos_penalty: NonNegative = 0.0
+    overlong: Overlong | None = None
+    signals: Signals = Signals()
     sample_every: Positive = 50
+
+    @model_validator(mode="after")
+    def _average_is_kept_where_published(self) -> Ppo:
+        if self.publish == "ema" and self.ema_decay is None:
+            raise ValueError("publish: ema needs ema_decay, such as 0.992")
+        return self
+
+    @model_validator(mode="after")
+    def _overlong_fits(self) -> Ppo:
+        if self.overlong and self.overlong.buffer > self.sampling.max_response_length:
+            raise ValueError("overlong.buffer is longer than sampling.max_response_length")
+        return self
 
 
 class Evaluate(Stage):
@@ -225,18 +415,11 @@ class Evaluate(Stage):
     against: str
     prompts: Annotated[list[Source], Field(min_length=1)]
     reward: list[str] = []
-    judge: str | None = None
+    judge: Annotated[str, AfterValidator(_function)] | None = None
     rows: Positive = 256
     show: Positive = 3
     micro_batch: Positive | None = None
     sampling: Sampling = Sampling()
-
-    @field_validator("judge")
-    @classmethod
-    def _judge_names_a_function(cls, value: str | None) -> str | None:
-        if value is not None and value.count(":") != 1:
-            raise ValueError("a judge is written `package.module:function`")
-        return value
 
 
 class Header(Block):
