@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import handoff
-from pipeline.config.recipe import Recipe, digest, resolved, sources
+from pipeline.config.recipe import Recipe, digest, functions, resolved, sources
 from pipeline.data.read import file_hash
 from pipeline.data.split import fingerprints
 from pipeline.errors import UserError
@@ -51,14 +51,12 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
         "data": fingerprints(recipe, stage),
         "shares": [recipe.interval(stage, source) for source in sources(recipe.stages[stage])],
         "parents": parents,
-        "judge": _source_hash(getattr(block, "judge", None)),
+        "functions": {name: _source_hash(name) for name in functions(block)},
     }
 
 
-def _source_hash(function: str | None) -> str | None:
+def _source_hash(function: str) -> str | None:
     """Hash of the module file that a `package.module:function` lies in; a changed rule is other work."""
-    if function is None:
-        return None
     try:
         spec = importlib.util.find_spec(function.partition(":")[0])
     except ImportError:

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import chain, handoff, launch
-from pipeline.config.recipe import Recipe, load
+from pipeline.config.kinds import KINDS
+from pipeline.config.recipe import Recipe, load, sources
 from pipeline.data import split
-from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, UserError
 from pipeline.lock import run_lock
 from pipeline.summary import summary
 
@@ -81,7 +82,9 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
     launch.check_devices(recipe, stage)
     for parent in recipe.parents(stage):
         handoff.open_baton(run_dir / parent)
-    split.load(recipe, stage)
+    for key in KINDS[recipe.stages[stage].kind].sources:
+        if sources(recipe.stages[stage], key):
+            split.load(recipe, stage, key)
     redo = run_dir / stage / chain.REDO
     if again and not redo.exists():
         shutil.rmtree(run_dir / stage / "checkpoints", ignore_errors=True)
@@ -97,7 +100,7 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
         console.print(
             f"[bold]{stage}[/bold]  failed with exit code {code}; its error is above, nothing published changed"
         )
-        raise typer.Exit(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
+        raise typer.Exit(code if code in (EXIT_USER_ERROR, EXIT_TROUBLE) else 1)
     redo.unlink(missing_ok=True)
     manifest = handoff.open_baton(run_dir / stage).manifest
     console.print(

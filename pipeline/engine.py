@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
 
 from pipeline import checkpoint
 from pipeline.config.schema import Dtype, Schedule
+from pipeline.errors import Trouble
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "fp16", "bf16")
 """Keys that the recipe owns: dropped from a configuration file before the recipe's are laid over it."""
@@ -131,6 +133,21 @@ def agreed(value: Any) -> Any:
     return box[0]
 
 
+def gather_rows(local: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows in rank order, on every rank; columns are padded with zeros to the widest rank's."""
+    world = dist.get_world_size()
+    if world == 1:
+        return local
+    if local.dim() == 2:
+        width = torch.tensor([local.shape[1]], device=local.device)
+        dist.all_reduce(width, op=dist.ReduceOp.MAX)
+        local = torch.nn.functional.pad(local, (0, int(width) - local.shape[1]))
+    sent = local.to(torch.uint8) if local.dtype == torch.bool else local
+    parts = [torch.empty_like(sent) for _ in range(world)]
+    dist.all_gather(parts, sent.contiguous())
+    return torch.cat(parts).to(local.dtype)
+
+
 def gather_state(named: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
     """Whole parameters by name on the CPU of rank 0 (an empty dict elsewhere); collective under ZeRO-3."""
     main = not dist.is_initialized() or dist.get_rank() == 0
@@ -140,6 +157,25 @@ def gather_state(named: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, t
             if main:
                 state[name] = parameter.detach().to("cpu", copy=True)
     return state
+
+
+def masters(engine: Any, named: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole float32 weights of trained parameters, from their float32 master copies wherever a ZeRO stage keeps such.
+
+    Collective; every rank gets every tensor, one at a time.
+    """
+    optimizer = engine.optimizer
+    beside: dict[int, torch.Tensor] = {}  # 16 bits without ZeRO: whole masters in the same order as the parameters
+    if hasattr(optimizer, "fp32_groups"):
+        for light, heavy in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            beside |= {id(low): high for low, high in zip(light, heavy, strict=True)}
+    for name, parameter in named.items():
+        if id(parameter) in beside:
+            yield name, beside[id(parameter)].detach()
+        elif hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+            yield name, safe_get_full_fp32_param(parameter)
+        else:
+            yield name, parameter.detach().float()
 
 
 def learning_rate_factor(schedule: Schedule, step: int, total: int) -> float:
@@ -167,15 +203,19 @@ class RoleClipping:
 
     DeepSpeed clips by one norm over all groups, so that a large critic gradient would shrink the actor's update. Every
     ZeRO stage hands the wrapped optimizer the float32 gradients of this rank's partition just before its step; there the
-    norm of a group is the root of the partitions' summed squares. `norms` keeps the last norm of each group by name.
+    norm of a group is the root of the partitions' summed squares. `norms` keeps the last norm of each group by name, and
+    `steps` counts the optimizer's steps. Raises Trouble, on every rank and before any weight moves, for a norm that is not
+    finite.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, partitioned: bool) -> None:
         self.partitioned = partitioned
         self.norms: dict[str, float] = {}
+        self.steps = 0
         optimizer.register_step_pre_hook(self._clip)
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.steps += 1
         for group in optimizer.param_groups:
             grads = [p.grad for p in group["params"] if p.grad is not None]
             if not group["params"]:
@@ -190,6 +230,8 @@ class RoleClipping:
                 square = communicated.to(device)
             norm = square.sqrt()
             self.norms[group["name"]] = float(norm)
+            if not math.isfinite(float(norm)):
+                raise Trouble(f"the gradient of the {group['name']} is not finite")
             if group["max_grad_norm"] > 0:
                 factor = torch.clamp(group["max_grad_norm"] / (norm + 1e-6), max=1.0)
                 for grad in grads:
@@ -208,8 +250,13 @@ def initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config
     return engine
 
 
-def save(engine: Any, checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
-    """Save engine, random generators and `state` as `step-N`: beside, completed, renamed. Collective."""
+def save(
+    engine: Any, checkpoints: Path, step: int, state: dict[str, Any], write: Callable[[Path], None] | None = None
+) -> Path:
+    """Save engine, random generators and `state` as `step-N`: beside, completed, renamed. Collective.
+
+    `write` adds files of its own to the folder, on rank 0.
+    """
     folder, fresh = checkpoints / f"step-{step}", checkpoints / f"step-{step}.writing"
     rank = dist.get_rank()
     if rank == 0:
@@ -220,6 +267,8 @@ def save(engine: Any, checkpoints: Path, step: int, state: dict[str, Any]) -> Pa
     torch.save(_random_state(), fresh / f"random-{rank}.pt")
     dist.barrier()
     if rank == 0:
+        if write is not None:
+            write(fresh)
         (fresh / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
         checkpoint.complete(fresh, {"step": step})
         shutil.rmtree(folder, ignore_errors=True)

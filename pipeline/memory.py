@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.config.kinds import estimators
 from pipeline.config.recipe import BASE, Recipe, deepspeed_config
-from pipeline.config.schema import Adapter, Base, Evaluate, Ppo, Reward, Stage
+from pipeline.config.schema import Adapter, Base, Evaluate, Ppo, Reward, Stage, reward_stages
 from pipeline.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -249,17 +250,23 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
         return [policy]
     continued = start != BASE and _continues(block.adapter, recipe.stages[start].adapter)
     reference = replace(policy, adapter=adapter if continued else None, trained=False)
-    reward = _published(recipe, block.reward, block.base, speaks=False)
-    critic = {
-        "reward": replace(
-            reward,
-            weights=_below(recipe, stage, block.reward),
-            quantization=policy.quantization if full else reward.quantization,
-        ),
-        "policy": policy,
-        "base": replace(policy, weights=block.base.model, model=block.base.model),
-    }[block.critic.init]
-    return [policy, reference, replace(critic, speaks=False, adapter=adapter, trained=True), reward]
+    names = reward_stages(*block.reward, *(block.gold or []))
+    rewards = [_published(recipe, name, block.base, speaks=False) for name in names]
+    if not estimators()[block.advantage_estimator].critic:
+        return [policy, reference, *rewards]
+    if block.critic.init == "reward":
+        critic = replace(
+            rewards[0],
+            weights=_below(recipe, stage, names[0]),
+            quantization=policy.quantization if full else rewards[0].quantization,
+        )
+    else:
+        critic = (
+            policy
+            if block.critic.init == "policy"
+            else replace(policy, weights=block.base.model, model=block.base.model)
+        )
+    return [policy, reference, replace(critic, speaks=False, adapter=adapter, trained=True), *rewards]
 
 
 def _published(recipe: Recipe, name: str, base: Base, *, speaks: bool) -> Role:

@@ -24,7 +24,7 @@ from pipeline import chain, handoff
 from pipeline.config.recipe import BASE, Recipe, load
 from pipeline.config.schema import Stage
 from pipeline.data.split import Split
-from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, Trouble, UserError
 from pipeline.handoff import Baton
 from pipeline.launch import PARENT, STOP_FILE
 from pipeline.lock import run_lock
@@ -125,10 +125,15 @@ class Context:
         metrics: dict[str, float],
         split: Split,
         zero_stage: int,
+        others: dict[str, Split] | None = None,
     ) -> None:
-        """Publish on rank 0 what `write` puts into a folder, with the manifest of section 4 of the design."""
+        """Publish on rank 0 what `write` puts into a folder, with the manifest of section 4 of the design.
+
+        `split` is the stage's data; `others` what it reads beside that, by the key that lists it.
+        """
         if not self.is_main:
             return
+        splits = {"": split, **(others or {})}
         facts = {
             "stage": self.stage,
             "kind": self.block.kind,
@@ -138,7 +143,9 @@ class Context:
             "base": base,
             "adapter": method,
             "parents": self.inputs["parents"],
-            "data": [{**source, **dict(split.counts[source["path"]])} for source in self.inputs["data"]],
+            "data": [
+                {**source, **splits[source.get("for", "")].counts[source["path"]]} for source in self.inputs["data"]
+            ],
             "seed": self.block.seed,
             "world_size": self.world_size,
             "zero_stage": zero_stage,
@@ -191,11 +198,11 @@ def main(program: Callable[[Context], None]) -> None:
             world_size,
             locked=arguments.lock_held,
         )
-    except UserError as error:
+    except (UserError, Trouble) as error:
         if rank != 0:
             time.sleep(5.0)  # the launcher kills this rank as soon as rank 0 has told the same thing
         print(f"\n{error}", file=sys.stderr, flush=True)
-        code = EXIT_USER_ERROR
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_TROUBLE
     except Stopped:
         code = EXIT_STOPPED
     sys.stdout.flush()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config.schema import Evaluate, Ppo, Reward, Sft, Stage
 
@@ -12,26 +14,39 @@ REWARDS = frozenset({"reward"})
 
 @dataclass(frozen=True)
 class Kind:
-    """`inputs` maps a key of the stage's block to the kinds it may name; `base_ok` keys also accept the word `base`."""
+    """`inputs` maps a key of the stage's block to the kinds it may name; `base_ok` keys also accept the word `base`.
+
+    `sources` are the keys, dotted, that list data.
+    """
 
     schema: type[Stage]
     module: str
     inputs: dict[str, frozenset[str]]
     base_ok: frozenset[str] = frozenset()
-    sources: str = "data"
+    sources: tuple[str, ...] = ("data",)
 
 
 KINDS: dict[str, Kind] = {
     "sft": Kind(Sft, "stages.sft", {"init": POLICIES}, base_ok=frozenset({"init"})),
     "reward": Kind(Reward, "stages.reward", {"init": POLICIES | REWARDS}, base_ok=frozenset({"init"})),
     "ppo": Kind(
-        Ppo, "stages.ppo", {"policy": POLICIES, "reward": REWARDS}, base_ok=frozenset({"policy"}), sources="prompts"
+        Ppo,
+        "stages.ppo",
+        {"policy": POLICIES, "reward": REWARDS, "gold": REWARDS},
+        base_ok=frozenset({"policy"}),
+        sources=("prompts", "ptx.data"),
     ),
     "evaluate": Kind(
         Evaluate,
         "stages.evaluate",
         {"model": POLICIES, "against": POLICIES, "reward": REWARDS},
         base_ok=frozenset({"model", "against"}),
-        sources="prompts",
+        sources=("prompts",),
     ),
 }
+
+
+def estimators() -> dict[str, Any]:
+    """PPO's advantage estimators by name. They are declared beside their functions, in a module free of torch, and looked
+    up by its name as stages are."""
+    return dict(importlib.import_module(f"{KINDS['ppo'].module}.advantage").ESTIMATORS)

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.kinds import KINDS
-from pipeline.config.schema import Header, Ppo, Source, Stage, Supervised
+from pipeline.config.kinds import KINDS, estimators
+from pipeline.config.schema import REWARD_KEYS, FunctionReward, Header, Ppo, Source, Stage, Supervised, reward_stages
 from pipeline.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
@@ -95,16 +95,32 @@ class Recipe:
         raise AssertionError(f"{stage} does not list {source.path}")
 
 
-def sources(block: Stage) -> list[Source]:
-    return list(getattr(block, KINDS[block.kind].sources))
+def sources(block: Stage, key: str | None = None) -> list[Source]:
+    """The data that a block lists: all of it, or what is under `key` (dotted)."""
+    found: list[Source] = []
+    for name in KINDS[block.kind].sources if key is None else (key,):
+        value: Any = block
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        found += value or []
+    return found
+
+
+def functions(block: Stage) -> list[str]:
+    """The Python functions, `package.module:function`, that a block names."""
+    rewards = [*(getattr(block, "reward", None) or []), *(getattr(block, "gold", None) or [])]
+    named = [source.function for source in rewards if isinstance(source, FunctionReward)]
+    judge = getattr(block, "judge", None)
+    return [*named, *([judge] if judge else [])]
 
 
 def upstream(block: Stage) -> Iterator[tuple[str, str]]:
     """(key, stage name) for every upstream stage a block names; the name may be `base`."""
     for key in KINDS[block.kind].inputs:
         value = getattr(block, key)
-        for name in value if isinstance(value, list) else [value]:
-            yield key, name
+        for item in value if isinstance(value, list) else [value]:
+            for name in [item] if isinstance(item, str) else reward_stages(item) if item is not None else []:
+                yield key, name
 
 
 def resolved(block: Stage) -> dict[str, Any]:
@@ -237,7 +253,9 @@ def _validate(schema: type[Any], value: Any, where: str, joint: str) -> Any:
     except ValidationError as error:
         # A misspelt required key is also a missing one; the misspelling is what helps.
         first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
-        keys = [str(part) for part in first["loc"]]
+        # A reward source is told by its one key, which pydantic puts into the path after the source's number.
+        loc = first["loc"]
+        keys = [str(k) for n, k in enumerate(loc) if not (n and isinstance(loc[n - 1], int) and k in REWARD_KEYS)]
         place = f"{where}{joint or ': '}{'.'.join(keys)}" if keys else where
         if first["type"] == "extra_forbidden":
             known = _fields(schema, keys[:-1])
@@ -274,6 +292,8 @@ def _check(recipe: Recipe) -> None:
     for stage, block in recipe.stages.items():
         _check_upstream(recipe, stage, block)
         _check_batches(recipe, stage, block)
+        if isinstance(block, Ppo):
+            _check_ppo(recipe, stage, block)
         deepspeed_config(recipe, stage)
         if getattr(block, "eval_every", None) and block.holdout == 0:
             raise UserError(
@@ -357,13 +377,70 @@ def _check_batches(recipe: Recipe, stage: str, block: Stage) -> None:
         split(recipe.where("stages", stage, "batch"), block.batch, ranks, block.micro_batch)
     if isinstance(block, Ppo):
         where = recipe.where("stages", stage, "rollout_batch")
+        if block.rollout_batch % block.samples_per_prompt:
+            raise UserError(
+                where,
+                f"{block.rollout_batch} responses are not {block.samples_per_prompt} for each prompt",
+                fix=f"write a multiple of {block.samples_per_prompt}",
+            )
         if block.rollout_batch % block.minibatches:
             raise UserError(
                 where,
-                f"{block.rollout_batch} prompts do not divide into {block.minibatches} minibatches",
+                f"{block.rollout_batch} responses do not divide into {block.minibatches} minibatches",
                 fix=f"write a multiple of {block.minibatches}",
             )
         split(where, block.rollout_batch // block.minibatches, ranks, block.micro_batch)
+
+
+def _check_ppo(recipe: Recipe, stage: str, block: Ppo) -> None:
+    """What the estimator, the reward sources, the critic, the KL penalty and the signals ask of each other."""
+
+    def refuse(key: str, found: str, expected: str = "", fix: str = "") -> None:
+        raise UserError(recipe.where("stages", stage, *key.split(".")), found, expected=expected, fix=fix)
+
+    known = estimators()
+    if block.advantage_estimator not in known:
+        refuse(
+            "advantage_estimator",
+            f"found {block.advantage_estimator!r}",
+            "one of: " + ", ".join(known),
+            _closest(block.advantage_estimator, known),
+        )
+    estimator = known[block.advantage_estimator]
+    if block.samples_per_prompt < estimator.samples:
+        refuse(
+            "samples_per_prompt",
+            f"{block.advantage_estimator} compares the responses to one prompt, found {block.samples_per_prompt}",
+            f"at least {estimator.samples}",
+            "write `samples_per_prompt: 4`",
+        )
+    if (block.kl.place or estimator.kl) == "loss" and block.kl.estimator == "k1":
+        refuse(
+            "kl.estimator", "k1 in the loss has a gradient of mean zero: it would hold nothing", "k3", "leave it out"
+        )
+    if estimator.critic and block.critic.init == "reward":
+        if not reward_stages(*block.reward):
+            refuse("critic.init", "no reward stage to start the critic from", "policy or base", "write `init: policy`")
+        if block.normalize_scores:
+            refuse(
+                "normalize_scores",
+                "a critic that starts as the reward model predicts scores that are not normalised",
+                fix="write `critic: {init: policy}`, or leave out normalize_scores",
+            )
+    if block.ptx:
+        _, accumulation = split("", block.rollout_batch // block.minibatches, block.deepspeed.ranks, block.micro_batch)
+        parts = block.deepspeed.ranks * accumulation
+        if block.ptx.batch % parts:
+            refuse(
+                "ptx.batch",
+                f"{block.ptx.batch} rows do not divide over {block.deepspeed.ranks} ranks x {accumulation} micro-batches",
+                fix=f"write a multiple of {parts}",
+            )
+    if "over_optimisation" in block.signals.stop_on and not (block.gold and block.eval_every):
+        refuse("signals.stop_on", "over_optimisation compares held-out scores with a gold score", "gold and eval_every")
+    for name in block.signals.stop_on:
+        if getattr(block.signals, name) is None:
+            refuse("signals.stop_on", f"{name} has no threshold", fix=f"set signals.{name}")
 
 
 def split(where: str, batch: int, ranks: int, micro: int | None) -> tuple[int, int]:

@@ -330,15 +330,15 @@ class Signals(Block):
     """When to warn. A signal is raised once its condition has held for `patience` steps running (evaluations, for
     `over_optimisation`); a threshold of null is off. `stop_on` names the signals that end the training.
 
-    over_optimisation     the held-out gold score fell by more than this many of its standard deviations since it was best,
-                          while the held-out training score rose
-    length_drift          mean response length, as a factor more or less than in the first step
-    kl_budget             objective/kl, nats per response
-    entropy_collapse      policy entropy, as a share of the first step's
-    clip_fraction         policy/clipfrac_avg
-    explained_variance    val/explained_variance, below
-    identical_responses   share of responses that another prompt or sample of the batch also got
-    truncated_responses   share of responses without EOS
+    - over_optimisation: the held-out gold score fell by more than this many of its standard deviations since it was best,
+      while the held-out training score rose
+    - length_drift: mean response length, as a factor more or less than in the first step
+    - kl_budget: objective/kl, nats per response
+    - entropy_collapse: policy entropy, as a share of the first step's
+    - clip_fraction: policy/clipfrac_avg
+    - explained_variance: val/explained_variance, below
+    - identical_responses: share of responses that another prompt or sample of the batch also got
+    - truncated_responses: share of responses without EOS
     """
 
     patience: Positive = 3

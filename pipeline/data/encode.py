@@ -50,7 +50,7 @@ def demonstrations(
     for example in split.part(part):
         prompt, reply = encoder.prompt(example.prompt), encoder.reply(example.chosen or "")
         if len(prompt) + len(reply) > max_length:
-            split.too_long(example, part)
+            split.leave_out(example, part, "too long")
             continue
         labels = [-100] * len(prompt) if loss_on == "completion" else prompt
         rows.append({"input_ids": prompt + reply, "labels": labels + reply})
@@ -66,20 +66,28 @@ def preferences(encoder: Encoder, split: Split, part: Part, max_length: int) -> 
         prompt = encoder.prompt(example.prompt)
         chosen, rejected = prompt + encoder.reply(example.chosen or ""), prompt + encoder.reply(example.rejected or "")
         if max(len(chosen), len(rejected)) > max_length:
-            split.too_long(example, part)
+            split.leave_out(example, part, "too long")
             continue
         margin = {"margin": example.margin} if margins else {}
         rows.append({"chosen_ids": chosen, "rejected_ids": rejected, **margin})
     return rows
 
 
-def prompts(encoder: Encoder, split: Split, part: Part, max_length: int) -> list[list[int]]:
-    """Prompt ids at most `max_length` long; longer prompts are counted, not cut."""
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's token ids and the fields of the data row it came from."""
+
+    ids: list[int]
+    row: dict[str, Any]
+
+
+def prompts(encoder: Encoder, split: Split, part: Part, max_length: int) -> list[Prompt]:
+    """Prompts of 1 to `max_length` tokens; others are counted, not cut."""
     kept = []
     for example in split.part(part):
         ids = encoder.prompt(example.prompt)
-        if len(ids) <= max_length:
-            kept.append(ids)
+        if 0 < len(ids) <= max_length:
+            kept.append(Prompt(ids, example.row))
         else:
-            split.too_long(example, part)
+            split.leave_out(example, part, "too long" if ids else "empty prompt")
     return kept

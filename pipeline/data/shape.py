@@ -7,7 +7,7 @@ transcripts or message lists), `messages`, `text`, `prompt` alone, and Alpaca's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.read import Row
@@ -20,13 +20,14 @@ TURN = "\n\nAssistant:"
 @dataclass(frozen=True)
 class Example:
     """A prompt and its replies; a reply that the row does not have is None. `margin` is how much better `chosen` is;
-    `source` is the path, as the recipe writes it, that the row came from."""
+    `source` is the path, as the recipe writes it, that the row came from, and `row` its fields."""
 
     prompt: Text
     chosen: str | None = None
     rejected: str | None = None
     margin: float | None = None
     source: str = ""
+    row: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 class Skip(Exception):

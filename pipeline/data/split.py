@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe, sources
 from pipeline.config.schema import Source
 from pipeline.data.read import Row, fingerprint, rows
@@ -30,11 +31,11 @@ class Split:
     def part(self, name: Part) -> list[Example]:
         return self.train if name == "train" else self.held_out
 
-    def too_long(self, example: Example, name: Part) -> None:
-        """Count an example that the stage leaves out for its length, so that every row stays counted once."""
+    def leave_out(self, example: Example, name: Part, reason: str) -> None:
+        """Count an example that the stage does not use for `reason`, so that every row stays counted once."""
         counts = self.counts[example.source]
         counts["used" if name == "train" else "held out"] -= 1
-        counts["too long"] += 1
+        counts[reason] += 1
 
 
 def position(prompt: str) -> float:
@@ -42,24 +43,28 @@ def position(prompt: str) -> float:
     return int.from_bytes(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2.0**64
 
 
-def reader(kind: str, source: Source) -> Callable[[Row], Example]:
-    if kind == "sft":
+def reader(kind: str, source: Source, key: str) -> Callable[[Row], Example]:
+    if kind == "sft" or key == "ptx.data":
         return lambda row: demonstration(row, source.take)
     return preference if kind == "reward" else prompt_only
 
 
-def load(recipe: Recipe, stage: str) -> Split:
-    """Read the sources of `stage` and split them. Raises UserError when a source is unreadable or nothing is left."""
+def load(recipe: Recipe, stage: str, key: str | None = None) -> Split:
+    """Read the sources that `stage` lists under `key` (its first key of data) and split them.
+
+    Raises UserError when a source is unreadable or nothing is left.
+    """
     block = recipe.stages[stage]
+    key = key or KINDS[block.kind].sources[0]
     split = Split()
-    for source in sources(block):
+    for source in sources(block, key):
         low, high = recipe.interval(stage, source)
         counts = split.counts.setdefault(source.path, Counter())
-        read = reader(block.kind, source)
+        read = reader(block.kind, source, key)
         for row in rows(recipe.local(source.path)):
             counts["rows"] += 1
             try:
-                example = replace(read(row), source=source.path)
+                example = replace(read(row), source=source.path, row=row.fields)
             except Skip as reason:
                 counts[str(reason)] += 1
                 continue
@@ -85,8 +90,9 @@ def load(recipe: Recipe, stage: str) -> Split:
 
 
 def fingerprints(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
-    """Path as written and content hash of every source of `stage`."""
-    return [
-        {"path": source.path, "sha256": fingerprint(recipe.local(source.path))}
-        for source in sources(recipe.stages[stage])
-    ]
+    """Path as written and content hash of every source of `stage`; `for` is the key it is listed under, if not the first."""
+    block = recipe.stages[stage]
+    first, *others = KINDS[block.kind].sources
+    listed: list[tuple[Source, dict[str, str]]] = [(source, {}) for source in sources(block, first)]
+    listed += [(source, {"for": key}) for key in others for source in sources(block, key)]
+    return [{"path": s.path, "sha256": fingerprint(recipe.local(s.path)), **use} for s, use in listed]

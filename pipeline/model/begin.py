@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from peft import PeftModel
 
@@ -75,10 +76,20 @@ def base_record(base: Base) -> dict[str, Any]:
     }
 
 
-def writer(model: Any, tok: Any, base: dict[str, Any], adapter: str = "default") -> Callable[[Path], None]:
-    """Gather what the stage trained (collective under ZeRO-3) and return the function that writes it into a folder."""
+def writer(
+    model: Any,
+    tok: Any,
+    base: dict[str, Any],
+    adapter: str = "default",
+    instead: dict[str, torch.Tensor] | None = None,
+) -> Callable[[Path], None]:
+    """Gather what the stage trained (collective under ZeRO-3) and return the function that writes it into a folder.
+
+    `instead` holds weights, by the model's own names, to write in place of the model's.
+    """
     peft = isinstance(model, PeftModel)
     state = gather_state((n, p) for n, p in model.named_parameters() if not peft or f".{adapter}." in n)
+    state |= {name: weights.to(state[name].dtype) for name, weights in (instead or {}).items()}
 
     def write(folder: Path) -> None:
         inner = model.get_base_model() if peft else model

@@ -95,9 +95,18 @@ class Roles(nn.Module):
         return hf.sample(self.causal_lm(role), prompts, noise, sampling, pad=pad, eos=eos, synced=synced)
 
     def log_probs(
-        self, role: str, tokens: Tensor, prompt_lengths: Tensor, width: int, temperature: float
+        self,
+        role: str,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        width: int,
+        temperature: float,
+        *,
+        learn_entropy: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """(log-probability of each response token, entropy at each), float32 [B, width].
+
+        The entropy has gradients only if `learn_entropy`.
 
         `tokens` int64 [B, L] hold prompt and response without a gap, padded on the right; the response of row b starts at
         `prompt_lengths[b]`. Columns past a response hold what the padding gives: mask them by length.
@@ -112,9 +121,10 @@ class Roles(nn.Module):
         picked = logits[rows, index - 1 - first].float() / temperature
         normaliser = picked.logsumexp(-1)
         chosen = picked.gather(-1, tokens.gather(1, index).unsqueeze(-1)).squeeze(-1) - normaliser
-        with torch.no_grad():  # row by row: a softmax of the whole batch would be one more copy of [B, T, vocabulary]
-            spread = torch.stack([(row.softmax(-1) * row).sum(-1) for row in picked.detach()])
-            entropy = normaliser.detach() - spread
+        with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
+            # Row by row: a softmax of the whole batch would be one more copy of [B, T, vocabulary].
+            spread = torch.stack([(row.softmax(-1) * row).sum(-1) for row in picked])
+            entropy = normaliser - spread
         return chosen, entropy
 
     def values(self, role: str, tokens: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:

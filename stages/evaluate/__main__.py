@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import engine
-from pipeline.config.schema import Evaluate
+from pipeline.config.schema import Evaluate, FunctionReward
 from pipeline.data import encode
 from pipeline.data.split import load
 from pipeline.errors import UserError
@@ -25,7 +25,7 @@ from pipeline.model import begin
 from pipeline.model.assemble import assemble, plain, scoring, speaking
 from pipeline.model.load import eos_ids, tokenizer
 from pipeline.model.roles import Roles
-from pipeline.scoring.function import load_function
+from pipeline.scoring.source import build, checked
 from pipeline.stage import Context, main
 from stages.evaluate.statistics import win_rate
 
@@ -34,7 +34,8 @@ def evaluate(context: Context) -> None:
     """Two policies side by side on held-out prompts."""
     block = cast(Evaluate, context.block)
     device = engine.start(block.seed)
-    judge = load_function(block.judge, context.recipe.where("stages", context.stage, "judge")) if block.judge else None
+    where = context.recipe.where("stages", context.stage, "judge")
+    judge = build(FunctionReward(function=block.judge), where) if block.judge else None
 
     parent = context.parent("model")
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
@@ -56,7 +57,11 @@ def evaluate(context: Context) -> None:
     sides = {side: answers(block, roles, side, prompts, rewards, encoder) for side in ("model", "against")}
     metrics = summary(sides, list(rewards.values()))
     if judge is not None:
-        scores = {side: judge([r["prompt"] for r in rows], [r["reply"] for r in rows]) for side, rows in sides.items()}
+        rows = [prompt.row for prompt in prompts]
+        scores = {
+            side: checked(judge, [r["prompt"] for r in records], [r["reply"] for r in records], rows)
+            for side, records in sides.items()
+        }
         metrics |= compared("judge", scores["model"], scores["against"], block.seed)
     table = [
         {
@@ -84,7 +89,7 @@ def answers(
     block: Evaluate,
     roles: Roles,
     side: str,
-    prompts: list[list[int]],
+    prompts: list[encode.Prompt],
     rewards: dict[str, str],
     encoder: encode.Encoder,
 ) -> list[dict[str, Any]]:
@@ -97,7 +102,7 @@ def answers(
             picked = mine[start : start + size]
             numbers = torch.tensor(picked)
             noise = keys(block.seed, 0, numbers, torch.zeros_like(numbers)).to(model.device)
-            asked = [prompts[i] for i in picked]
+            asked = [prompts[i].ids for i in picked]
             rollout = roles(
                 "rollout",
                 side,

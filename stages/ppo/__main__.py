@@ -1,8 +1,8 @@
-"""Proximal policy optimisation against a reward model, with a KL penalty to the policy it starts from.
+"""Proximal policy optimisation (or a critic-free estimator) against a reward, with a KL penalty to the starting policy.
 
-Reads a policy (or the base), a reward model and prompts; hands on the trained policy in the same form. Policy, reference,
-critic and reward share one copy of the base's weights wherever their bases are equal. It does not use a separate
-inference server.
+Reads a policy (or the base), reward models or other sources of reward, and prompts; hands on the trained policy in the same
+form. Policy, reference, critic and reward models share one copy of the base's weights wherever their bases are equal. It
+does not use a separate inference server.
 
     deepspeed --num_gpus 2 --module stages.ppo --recipe quickstart --stage ppo --run-dir runs/quickstart
 """
@@ -27,18 +27,25 @@ from pipeline.model.assemble import assemble, plain
 from pipeline.model.load import eos_ids, tokenizer
 from pipeline.model.roles import Roles
 from pipeline.stage import Context, main
-from stages.ppo.assemble import parts, sharing
-from stages.ppo.train import Loop, Prompts
+from stages.ppo.assemble import parts, reward_roles, sharing
+from stages.ppo.ema import Ema
+from stages.ppo.ptx import Mixture
+from stages.ppo.rewards import Rewards
+from stages.ppo.stream import Stream
+from stages.ppo.train import Loop
+from stages.ppo.update import Updater
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A PPO run ready to start or to resume: the loop, where the policy's base lies, the tokenizer, the data, ZeRO stage."""
+    """A PPO run ready to start or to resume: the loop, where the policy's base lies, the tokenizer, the data (prompts, and
+    what is mixed in), ZeRO stage."""
 
     loop: Loop
     base: Base
     tok: Any
     split: Split
+    others: dict[str, Split]
     zero: int
 
 
@@ -61,11 +68,20 @@ def ppo(context: Context) -> None:
             )
         loop.resume(best)
     metrics = loop.evaluate() if loop.held_out else {}
+    metrics |= {f"signals/{name}": float(steps) for name, steps in loop.watch.held.items() if steps}
+    metrics |= {"skipped_batches": float(loop.skipped)} if loop.skipped else {}
 
     base = begin.base_record(setup.base)
-    write = begin.writer(loop.engine.module.trunks["policy"], setup.tok, base, "policy")
+    averaged = loop.ema.average if loop.ema and block.publish == "ema" else {}
+    write = begin.writer(loop.engine.module.trunks["policy"], setup.tok, base, "policy", instead=averaged)
     context.publish(
-        write, base=base, method=block.adapter.method, metrics=metrics, split=setup.split, zero_stage=setup.zero
+        write,
+        base=base,
+        method=block.adapter.method,
+        metrics=metrics,
+        split=setup.split,
+        zero_stage=setup.zero,
+        others=setup.others,
     )
 
 
@@ -90,26 +106,68 @@ def prepare(context: Context, block: Ppo) -> Setup:
     sharding = HfDeepSpeedConfig(config) if zero == 3 else None  # while it lives, weights are sharded as they load
     described = parts(context)
     roles = assemble(context, described, tok, sharded=sharding is not None)
+    _check_context(context, block, roles)
     if context.is_main:
         print(f"roles on one copy of their weights: {sharing(roles)}", flush=True)
     if block.gradient_checkpointing:
         roles.checkpoint_activations(reentrant=zero == 3)
     engine.fit_buckets(config, roles)
-    eos = eos_ids(plain(roles.trunks["policy"]))
     optimizer = optimizer_for(roles, block)
     clipping = engine.RoleClipping(optimizer, partitioned=zero > 0)
+    started = engine.initialize(roles, optimizer, config)
+    models, where = reward_roles(block), context.recipe.where("stages", context.stage, "reward")
+    mixture, others = mixed_in(context, block, encoder)
+    trunk = f"trunks.{roles.roles['policy'].trunk}."
+    policy = {n: p for n, p in roles.named_parameters() if p.requires_grad and n.startswith(trunk)}
+    if block.adapter.method != "full":
+        policy = {n: p for n, p in policy.items() if ".policy." in n.removeprefix(trunk)}
     loop = Loop(
         context,
         block,
-        engine.initialize(roles, optimizer, config),
-        clipping,
+        started,
+        Updater(block, started, clipping, mixture),
+        Rewards.of(block.reward, models, encoder, where),
+        Rewards.of(block.gold, models, encoder, where) if block.gold else None,
         encoder,
-        Prompts(prompts, block.seed),
+        Stream(prompts, block.seed),
         held_out,
-        eos,
+        eos_ids(plain(roles.trunks["policy"])),
         synced=zero == 3 and context.world_size > 1,
+        ema=Ema(started, {n.removeprefix(trunk): p for n, p in policy.items()}, block.ema_decay)
+        if block.ema_decay
+        else None,
     )
-    return Setup(loop, described["policy"].base, tok, split, zero)
+    return Setup(loop, described["policy"].base, tok, split, others, zero)
+
+
+def _check_context(context: Context, block: Ppo, roles: Roles) -> None:
+    """Refuse prompts and responses that together do not fit a role's context."""
+    longest = block.sampling.max_prompt_length + block.sampling.max_response_length
+    for name, role in roles.roles.items():
+        limit = getattr(plain(roles.trunks[role.trunk]).config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise UserError(
+                context.recipe.where("stages", context.stage, "sampling"),
+                f"max_prompt_length + max_response_length is {longest} tokens, and the {name}'s context holds {limit}",
+                expected=f"at most {limit}",
+                fix="lower one of them",
+            )
+
+
+def mixed_in(context: Context, block: Ppo, encoder: encode.Encoder) -> tuple[Mixture | None, dict[str, Split]]:
+    """The rows of `ptx` and where each of its data rows went."""
+    if block.ptx is None:
+        return None, {}
+    split = load(context.recipe, context.stage, "ptx.data")
+    rows = encode.demonstrations(encoder, split, "train", block.ptx.max_length, block.ptx.loss_on)
+    if not rows:
+        raise UserError(
+            context.recipe.where("stages", context.stage, "ptx", "max_length"),
+            f"every row is longer than {block.ptx.max_length} tokens",
+            fix="raise it",
+        )
+    mixture = Mixture(block.ptx, rows, block.seed, block.steps, encoder.tokenizer.pad_token_id)
+    return mixture, {"ptx.data": split}
 
 
 def configuration(context: Context, block: Ppo) -> dict[str, Any]:
@@ -132,7 +190,7 @@ def configuration(context: Context, block: Ppo) -> dict[str, Any]:
 def optimizer_for(roles: Roles, block: Ppo) -> torch.optim.Optimizer:
     """One optimizer with a group per trained role, each with its own learning rate, decay and clipping norm."""
     critic = block.critic
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
             "name": "policy",
             "params": roles.trainable("policy"),
@@ -140,14 +198,17 @@ def optimizer_for(roles: Roles, block: Ppo) -> torch.optim.Optimizer:
             "weight_decay": block.weight_decay,
             "max_grad_norm": block.max_grad_norm,
         },
-        {
-            "name": "critic",
-            "params": roles.trainable("critic"),
-            "peak_lr": critic.lr or block.lr,
-            "weight_decay": block.weight_decay if critic.weight_decay is None else critic.weight_decay,
-            "max_grad_norm": block.max_grad_norm if critic.max_grad_norm is None else critic.max_grad_norm,
-        },
     ]
+    if "critic" in roles.roles:
+        groups.append(
+            {
+                "name": "critic",
+                "params": roles.trainable("critic"),
+                "peak_lr": critic.lr or block.lr,
+                "weight_decay": block.weight_decay if critic.weight_decay is None else critic.weight_decay,
+                "max_grad_norm": block.max_grad_norm if critic.max_grad_norm is None else critic.max_grad_norm,
+            }
+        )
     for group in groups:
         group["lr"] = group["peak_lr"]
     if block.optimizer == "sgd":

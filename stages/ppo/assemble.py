@@ -1,4 +1,4 @@
-"""The four roles of PPO as a recipe describes them (section 7 of the design)."""
+"""The roles of PPO as a recipe describes them (section 7 of the design)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from typing import cast
 from peft import LoraConfig
 
 from pipeline.adapters import build
-from pipeline.config.schema import Ppo
+from pipeline.config.schema import Ppo, reward_stages
 from pipeline.model import begin
 from pipeline.model.assemble import Part, scoring
 from pipeline.model.roles import Roles
 from pipeline.stage import Context
+from stages.ppo.advantage import ESTIMATORS
+
+
+def reward_roles(block: Ppo) -> dict[str, str]:
+    """The role of each reward stage, those of `gold` included: `reward`, `reward1`, … in the recipe's order."""
+    return {stage: f"reward{i or ''}" for i, stage in enumerate(reward_stages(*block.reward, *(block.gold or [])))}
 
 
 def parts(context: Context) -> dict[str, Part]:
-    """Policy, reference, critic and reward (and `base`). A parent that cannot be continued is written out whole first."""
+    """Policy, reference, the critic if the estimator has one, reward models (and `base`). A parent that cannot be continued
+    is written out whole first."""
     block = cast(Ppo, context.block)
     full = block.adapter.method == "full"
     below, continued = begin.base_below(context, context.parent("policy"), "causal")
@@ -25,15 +32,18 @@ def parts(context: Context) -> dict[str, Part]:
     # Fresh LoRA is the identity: the policy as PPO starts is then the base with the adapter off.
     copied = (LoraConfig.from_pretrained(str(continued.path)), weights) if continued else None
     reference = Part(below, copied)
-    reward = scoring(context.batons[block.reward], block.base)
-    described = {"policy": policy, "reference": reference, "critic": _critic(context, policy, reward), "reward": reward}
+    rewards = {role: scoring(context.batons[stage], block.base) for stage, role in reward_roles(block).items()}
+    described = {"policy": policy, "reference": reference}
+    if ESTIMATORS[block.advantage_estimator].critic:
+        described["critic"] = _critic(context, policy, rewards)
+    described |= rewards
     if weights and any(value.any() for name, value in weights.items() if "lora_B" in name):
         # For the canary alone: the policy's base with its adapter, which is not the identity, off; on the same trunk.
         described["base"] = Part(below)
     return described
 
 
-def _critic(context: Context, policy: Part, reward: Part) -> Part:
+def _critic(context: Context, policy: Part, rewards: dict[str, Part]) -> Part:
     block = cast(Ppo, context.block)
     full = block.adapter.method == "full"
     if block.critic.init == "base":
@@ -41,7 +51,8 @@ def _critic(context: Context, policy: Part, reward: Part) -> Part:
         return Part(base, None if full else (None, None), {}, trained=True, own=full)
     if block.critic.init == "policy":
         return Part(policy.base, policy.adapter, {}, trained=True, own=full)
-    below, continued = begin.base_below(context, context.batons[block.reward], "classifier")
+    reward = rewards["reward"]
+    below, continued = begin.base_below(context, context.batons[reward_stages(*block.reward)[0]], "classifier")
     weights = build.read(continued.path)[0] if continued else None
     if not full:  # on the reward model's trunk, held as it is there
         below = below.model_copy(update={"quantization": reward.base.quantization})

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config.schema import Ppo
+from pipeline.engine import gather_rows as gather
 from pipeline.generation.rollout import Rollout
-from stages.ppo import advantage
+from stages.ppo.advantage import ESTIMATORS, Given, token_rewards, whiten
 from stages.ppo.kl import estimate
+from stages.ppo.scores import RunningScores, shaped
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One rank's rollout with what the roles say of it. B is this rank's rows.
+    """One rank's rollout with what the roles and reward sources say of it. B is this rank's rows.
 
-    logprobs, reference, values, entropy  float32 [B, T], 0 past each response
-    scores                                float32 [B], raw, as the reward model gives them
+    logprobs, reference, values, entropy  float32 [B, T], 0 past each response; values are 0 without a critic
+    scores                                float32 [B], raw: the weighted sum of the reward sources
+    parts                                 each source's own scores, float32 [B], by its name
+    greedy                                (scores [B], lengths [B], ended [B]) of the prompts' greedy responses, or None
     """
 
     rollout: Rollout
@@ -29,14 +32,16 @@ class Judged:
     values: Tensor
     entropy: Tensor
     scores: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    greedy: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Experience:
     """The rollout batch of all ranks, in prompt order, the same on every rank. B is the global batch.
 
-    tokens int64 [B, L]; prompt_lengths, lengths int64 [B]; ended bool [B]; mask, logprobs, values, kl, advantages, returns,
-    entropy float32 [B, T]; scores float32 [B] as the reward model gives them.
+    tokens int64 [B, L]; prompt_lengths, lengths int64 [B]; ended bool [B]; mask, logprobs, reference, values, kl, advantages,
+    returns, entropy float32 [B, T]; scores float32 [B] as the sources give them, and `parts` of them by source.
     """
 
     tokens: Tensor
@@ -45,90 +50,103 @@ class Experience:
     ended: Tensor
     mask: Tensor
     logprobs: Tensor
+    reference: Tensor
     values: Tensor
     kl: Tensor
     advantages: Tensor
     returns: Tensor
     entropy: Tensor
     scores: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, index: Tensor) -> Experience:
         """Some rows, cut to the longest of them."""
         length = int((self.prompt_lengths[index] + self.lengths[index]).max())
         width = int(self.lengths[index].max())
         cut = {"tokens": length}
-        return Experience(
-            **{
-                f.name: value[index, : cut.get(f.name, width)]
-                if (value := getattr(self, f.name)).dim() == 2
-                else value[index]
-                for f in fields(self)
-            }
-        )
+        picked: dict[str, Any] = {
+            name: value[index, : cut.get(name, width)] if value.dim() == 2 else value[index]
+            for name, value in self.tensors().items()
+        }
+        return Experience(**picked)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All fields but `parts`, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "parts"}
+
+    def not_finite(self) -> tuple[str, int] | None:
+        """The first of log-probabilities, values and scores that holds NaN or inf, with its first such row."""
+        for name in ("logprobs", "reference", "values", "scores", "advantages"):
+            value = getattr(self, name)
+            bad = ~torch.isfinite(value if value.dim() == 1 else value.sum(1))
+            if bad.any():
+                return name, int(bad.nonzero()[0])
+        return None
 
 
-def judge(engine: Any, rollout: Rollout, temperature: float, micro_batch: int) -> Judged:
-    """Let policy, reference, critic and reward read the rollout, `micro_batch` rows at a time."""
-    width, parts = rollout.logprobs.shape[1], []
+def judge(engine: Any, rollout: Rollout, temperature: float, micro_batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the roles say of the rollout, `micro_batch` rows at a time: log-probabilities of policy and reference, values,
+    entropy; float32 [B, T], 0 past each response."""
+    width, critic, pieces = rollout.logprobs.shape[1], "critic" in engine.module.roles, []
     with engine.module.evaluating():
         for start in range(0, len(rollout.lengths), micro_batch):
             rows = slice(start, start + micro_batch)
-            tokens, prompts, lengths = rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]
+            tokens, prompts = rollout.tokens[rows], rollout.prompt_lengths[rows]
             logprobs, entropy = engine("log_probs", "policy", tokens, prompts, width, temperature)
             reference, _ = engine("log_probs", "reference", tokens, prompts, width, temperature)
-            values = engine("values", "critic", tokens, prompts, width)
-            scores = engine("scores", "reward", tokens, prompts + lengths)
-            parts.append((logprobs, reference, values, entropy, scores))
-    logprobs, reference, values, entropy, scores = (torch.cat(column) for column in zip(*parts, strict=True))
-    mask = rollout.mask
-    return Judged(rollout, logprobs * mask, reference * mask, values * mask, entropy * mask, scores)
+            values = engine("values", "critic", tokens, prompts, width) if critic else torch.zeros_like(logprobs)
+            pieces.append((logprobs, reference, values, entropy))
+    logprobs, reference, values, entropy = (torch.cat(column) * rollout.mask for column in zip(*pieces, strict=True))
+    return logprobs, reference, values, entropy
 
 
-def experience(judged: Judged, block: Ppo, coef: float) -> Experience:
-    """Gather all ranks' rows and turn them into advantages and returns (section 6 of the design, steps 2 to 4)."""
+def experience(judged: Judged, block: Ppo, coef: float, running: RunningScores | None = None) -> Experience:
+    """Gather all ranks' rows and turn them into advantages and returns (section 6 of the design, steps 2 to 4).
+
+    `running`, if given, takes in the batch's scores and normalises them.
+    """
+    estimator, place = ESTIMATORS[block.advantage_estimator], kl_place(block)
     rollout = judged.rollout
     lengths, ended = gather(rollout.lengths), gather(rollout.ended)
     logprobs, reference, values = gather(judged.logprobs), gather(judged.reference), gather(judged.values)
     scores = gather(judged.scores)
+    if running is not None:
+        running.add(scores)
     mask = (torch.arange(logprobs.shape[1], device=lengths.device) < lengths.unsqueeze(1)).float()
-    kl = estimate(logprobs, reference, block.kl.estimator) * mask
-    rewards = advantage.token_rewards(kl, shaped(scores, ended, block), lengths, coef)
-    advantages, returns = advantage.gae(rewards, values, mask, block.gamma, block.lam)
-    if block.whiten:
-        advantages = advantage.whiten(advantages, mask)
+    kl = estimate(logprobs, reference, kl_estimator(block)) * mask
+    entering = shaped(scores, lengths, ended, block, running)
+    rewards = token_rewards(kl, entering, lengths, coef if place == "reward" else 0.0)
+    baseline = torch.zeros_like(scores)
+    if judged.greedy is not None:
+        greedy, length, stopped = (gather(column) for column in judged.greedy)
+        baseline = shaped(greedy, length, stopped, block, running)
+    given = Given(rewards, values, mask, baseline, block.samples_per_prompt, block.gamma, block.lam, block.group_std)
+    advantages, returns = estimator.compute(given)
+    if estimator.whiten if block.whiten is None else block.whiten:
+        advantages = whiten(advantages, mask)
     return Experience(
-        gather(rollout.tokens),
-        gather(rollout.prompt_lengths),
-        lengths,
-        ended,
-        mask,
-        logprobs,
-        values,
-        kl,
-        advantages,
-        returns,
-        gather(judged.entropy),
-        scores,
+        tokens=gather(rollout.tokens),
+        prompt_lengths=gather(rollout.prompt_lengths),
+        lengths=lengths,
+        ended=ended,
+        mask=mask,
+        logprobs=logprobs,
+        reference=reference,
+        values=values,
+        kl=kl,
+        advantages=advantages,
+        returns=torch.zeros_like(values) if returns is None else returns,
+        entropy=gather(judged.entropy),
+        scores=scores,
+        parts={name: gather(part) for name, part in judged.parts.items()},
     )
 
 
-def shaped(scores: Tensor, ended: Tensor, block: Ppo) -> Tensor:
-    """Scores as they enter the reward, [B]: clipped, then less the penalty for a response that never ended."""
-    if block.score_clip is not None:
-        scores = torch.clamp(scores, -block.score_clip, block.score_clip)
-    return scores - block.missing_eos_penalty * (~ended).to(scores.dtype)
+def kl_place(block: Ppo) -> str:
+    """Where the KL penalty goes: `reward` or `loss`."""
+    return block.kl.place or ESTIMATORS[block.advantage_estimator].kl
 
 
-def gather(local: Tensor) -> Tensor:
-    """All ranks' rows in rank order, on every rank; columns are padded with zeros to the widest rank's."""
-    world = dist.get_world_size()
-    if world == 1:
-        return local
-    if local.dim() == 2:
-        width = torch.tensor([local.shape[1]], device=local.device)
-        dist.all_reduce(width, op=dist.ReduceOp.MAX)
-        local = torch.nn.functional.pad(local, (0, int(width) - local.shape[1]))
-    sent = local.to(torch.uint8) if local.dtype == torch.bool else local
-    parts = [torch.empty_like(sent) for _ in range(world)]
-    dist.all_gather(parts, sent.contiguous())
-    return torch.cat(parts).to(local.dtype)
+def kl_estimator(block: Ppo) -> str:
+    """The recipe's estimator, else k1 in the reward and k3, which has the right gradient, in the loss."""
+    return block.kl.estimator or ("k1" if kl_place(block) == "reward" else "k3")

@@ -1,52 +1,40 @@
-"""The PPO loop: sample, judge, update, log, save; and the prompts it goes through."""
+"""The PPO loop: sample, judge, update, watch, log, save."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import checkpoint, engine
-from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Ppo
-from pipeline.data.encode import Encoder
+from pipeline.data.encode import Encoder, Prompt
+from pipeline.errors import Trouble
 from pipeline.generation.rollout import Rollout, join, keys
 from pipeline.stage import Context, Stopped
 from pipeline.tracking import Tracker
-from stages.ppo.experience import Experience, experience, judge
-from stages.ppo.kl import Controller
-from stages.ppo.loss import policy_loss, value_loss
+from stages.ppo.advantage import ESTIMATORS
+from stages.ppo.ema import Ema
+from stages.ppo.experience import Experience, Judged, experience, judge, kl_estimator
+from stages.ppo.kl import Controller, estimate
+from stages.ppo.metrics import describe, table
+from stages.ppo.rewards import Rewards, Skipped
+from stages.ppo.scores import RunningScores
+from stages.ppo.signals import Raised, Watch
+from stages.ppo.stream import Stream
+from stages.ppo.update import Updater
 
 CANARY_TOLERANCE = {"fp32": 1e-3, "bf16": 0.08, "fp16": 0.02}
 """Largest mean difference, in nats per token, between rollout and training log-probabilities; a wrong position or mask
 gives tenths of a nat or more."""
-
-
-@dataclass
-class Prompts:
-    """An endless stream of prompts: every pass over them in a new order, which depends on the seed and the pass alone."""
-
-    ids: list[list[int]]
-    seed: int
-    _order: tuple[int, list[int]] = (-1, [])
-
-    def at(self, number: int) -> list[int]:
-        """The prompt at place `number` of the stream."""
-        turn, place = divmod(number, len(self.ids))
-        if self._order[0] != turn:
-            generator = torch.Generator().manual_seed((self.seed << 20) + turn)
-            self._order = (turn, torch.randperm(len(self.ids), generator=generator).tolist())
-        return self.ids[self._order[1][place]]
-
-    def take(self, first: int, count: int) -> list[list[int]]:
-        return [self.at(first + i) for i in range(count)]
 
 
 @dataclass
@@ -64,156 +52,151 @@ class Clock:
 
 @dataclass
 class Loop:
-    """Everything a PPO run holds. `state` is what a checkpoint keeps beside the engine: step, KL coefficient, best."""
+    """Everything a PPO run holds: what it works with, then what a checkpoint keeps beside the engine (`state`)."""
 
     context: Context
     block: Ppo
     engine: Any
-    clipping: engine.RoleClipping
+    update: Updater
+    rewards: Rewards
+    gold: Rewards | None
     encoder: Encoder
-    prompts: Prompts
-    held_out: list[list[int]]
+    prompts: Stream[Prompt]
+    held_out: list[Prompt]
     eos: list[int]
     synced: bool
+    ema: Ema | None
     step: int = 0
+    skipped: int = 0
     best: float | None = None
     best_step: int = 0
     stale: int = 0
 
     def __post_init__(self) -> None:
         self.kl = Controller.from_block(self.block.kl)
+        self.running = RunningScores() if self.block.normalize_scores else None
+        self.watch = Watch(self.block.signals)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.micro, _ = split_batch(
-            "ppo", self.block.rollout_batch // self.block.minibatches, self.world, self.block.micro_batch
-        )
+        self.micro = self.update.micro
 
     def run(self, tracker: Tracker) -> None:
-        """Steps from where the loop stands to the end. Raises Stopped after saving when asked to stop."""
+        """Steps from where the loop stands to the end. Raises Stopped after saving when asked to stop, and Trouble when
+        training cannot go on."""
         block, first = self.block, self.step
         if block.early_stopping and self.stale >= block.early_stopping:
             return  # resumed from the checkpoint at which training ended early
         for step in range(first, block.steps):
             clock = Clock()
-            with clock.phase("rollout"):
-                rollout = self.sample(self.prompts.take(step * block.rollout_batch, block.rollout_batch), step)
-            with clock.phase("score"):
-                judged = judge(self.engine, rollout, block.sampling.temperature, self.micro)
-                if step == first:
-                    self.canary(rollout, judged.logprobs)
-                batch = experience(judged, block, self.kl.coef)
-            with clock.phase("train"):
-                stats = self.update(batch, step)
+            try:
+                batch = self.collect(step, clock, check=step == first)
+                with clock.phase("train"):
+                    metrics = self.learn(batch, step)
+            except Skipped as reason:
+                metrics = self.skip(reason)
             self.step = step + 1
-            metrics = {**describe(batch, self.kl.coef), **stats}
-            self.kl.update(metrics["objective/kl"], block.rollout_batch)
             spent = sum(clock.seconds.values())
             metrics |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
-            metrics["tokens_per_second"] = float(batch.mask.sum()) / max(spent, 1e-9)
-            tracker.log(self.step, metrics)
-            if step % block.sample_every == 0:
-                tracker.samples(self.step, self.table(batch))
+            if "objective/kl" in metrics:
+                self.kl.update(metrics["objective/kl"], block.rollout_batch)
+                metrics["tokens_per_second"] = float(batch.mask.sum()) / max(spent, 1e-9)
+                self.heed(self.watch.step(metrics))
+                if step % block.sample_every == 0:
+                    tracker.samples(self.step, table(batch, self.encoder))
+            tracker.log(self.step, metrics | self.watch.metrics())
             if self.boundary(tracker):
                 break
 
-    def sample(self, prompts: list[list[int]], step: int, *, seed_offset: int = 0) -> Rollout:
-        """This rank's part of a rollout of `prompts` (a multiple of the ranks), by the policy as it is."""
-        share = len(prompts) // self.world
-        first = self.rank * share
-        numbers = torch.arange(first, first + share) + step * self.block.rollout_batch
-        noise = keys(self.block.seed + seed_offset, step, numbers, torch.zeros_like(numbers)).to(self.engine.device)
-        pad, mine, size = self.encoder.tokenizer.pad_token_id, prompts[first : first + share], self.block.sampling.batch
+    def collect(self, step: int, clock: Clock, *, check: bool = False) -> Experience:
+        """The rollout of `step`, judged: what the update learns from. `check` runs the canary too. Collective."""
+        block, count = self.block, self.block.rollout_batch // self.block.samples_per_prompt
+        prompts = self.prompts.take(step * count, count)
+        rows = [prompt.row for prompt in self.share(prompts, block.samples_per_prompt)]
+        with clock.phase("rollout"):
+            rollout = self.sample(prompts, step, block.samples_per_prompt)
+            greedy = None
+            if ESTIMATORS[block.advantage_estimator].greedy:
+                greedy = self.sample(prompts, step, block.samples_per_prompt, greedy=True)
+        with clock.phase("score"):
+            scores, parts = self.rewards(self.engine, rollout, rows, self.micro)
+            baseline = None
+            if greedy is not None:
+                baseline = (self.rewards(self.engine, greedy, rows, self.micro)[0], greedy.lengths, greedy.ended)
+            logprobs, reference, values, entropy = judge(self.engine, rollout, block.sampling.temperature, self.micro)
+            if check:
+                self.canary(rollout, logprobs)
+            judged = Judged(rollout, logprobs, reference, values, entropy, scores, parts, baseline)
+            batch = experience(judged, block, self.kl.coef, self.running)
+            if bad := batch.not_finite():
+                self.fail(batch, step, f"{bad[0]} of response {bad[1]} are not finite")
+        return batch
+
+    def learn(self, batch: Experience, step: int) -> dict[str, float]:
+        """Update the policy (and critic, and average) from a batch; the step's metrics."""
+        coef = self.kl.coef
+        try:
+            stats = self.update(batch, step, coef)
+        except Trouble as trouble:
+            self.fail(batch, step, str(trouble))
+        if self.ema is not None and step >= self.block.freezing_actor_steps:
+            self.ema.update()
+        return {**describe(batch, coef, critic=self.update.critic), **stats}
+
+    def share(self, prompts: list[Prompt], samples: int) -> list[Prompt]:
+        """The prompt of each of this rank's responses, when every prompt has `samples` of them."""
+        share = len(prompts) * samples // self.world
+        return [prompts[row // samples] for row in range(self.rank * share, (self.rank + 1) * share)]
+
+    def sample(
+        self, prompts: list[Prompt], step: int, samples: int = 1, *, greedy: bool = False, seed_offset: int = 0
+    ) -> Rollout:
+        """This rank's part of `samples` responses to each of `prompts` (in all a multiple of the ranks), by the policy as
+        it is. Responses to one prompt are next to each other."""
+        mine, block = self.share(prompts, samples), self.block
+        rows = torch.arange(self.rank * len(mine), (self.rank + 1) * len(mine))
+        numbers = rows // samples + step * len(prompts)
+        noise = keys(block.seed + seed_offset, step, numbers, rows % samples).to(self.engine.device)
+        pad, size = self.encoder.tokenizer.pad_token_id, block.sampling.batch
         with self.engine.module.evaluating():
             parts = [
                 self.engine(
                     "rollout",
                     "policy",
-                    mine[start : start + size],
-                    noise[start : start + size],
-                    self.block.sampling,
+                    [prompt.ids for prompt in mine[start : start + size]],
+                    None if greedy else noise[start : start + size],
+                    block.sampling,
                     pad=pad,
                     eos=self.eos,
                     synced=self.synced,
                 )
-                for start in range(0, share, size)
+                for start in range(0, len(mine), size)
             ]
         return join(parts, pad)
 
-    def update(self, batch: Experience, step: int) -> dict[str, float]:
-        """PPO epochs over minibatches of the rollout; the optimizer steps once per minibatch.
-
-        The loss of a minibatch is the masked token mean over all ranks: each micro-batch adds its sum x ranks / tokens, and
-        DeepSpeed averages gradients over ranks. Which rows form a minibatch does not depend on the number of ranks.
-        """
-        block, sums = self.block, torch.zeros(8, dtype=torch.float64)
-        self.engine.module.train()
-        size = block.rollout_batch // block.minibatches
-        for epoch in range(block.epochs):
-            generator = torch.Generator().manual_seed(((block.seed << 20) + step) * 1000 + epoch)
-            order = torch.randperm(block.rollout_batch, generator=generator)
-            for number in range(block.minibatches):
-                self._set_learning_rates((step * block.epochs + epoch) * block.minibatches + number)
-                chosen = order[number * size : (number + 1) * size]
-                tokens = float(batch.mask[chosen.to(batch.mask.device)].sum())
-                mine = chosen[self.rank * size // self.world : (self.rank + 1) * size // self.world]
-                for start in range(0, len(mine), self.micro):
-                    rows = batch.rows(mine[start : start + self.micro].to(batch.mask.device))
-                    loss, parts = self.losses(rows)
-                    self.engine.backward(loss * self.world / tokens, scale_wrt_gas=False)
-                    self.engine.step()
-                    sums += parts
-        return self._stats(sums)
-
-    def losses(self, rows: Experience) -> tuple[Tensor, Tensor]:
-        """(policy loss + value loss summed over tokens, eight sums for the metrics)."""
-        width = rows.mask.shape[1]
-        logprobs, entropy = self.engine(
-            "log_probs", "policy", rows.tokens, rows.prompt_lengths, width, self.block.sampling.temperature
-        )
-        values = self.engine("values", "critic", rows.tokens, rows.prompt_lengths, width)
-        policy, policy_clipped = policy_loss(logprobs, rows.logprobs, rows.advantages, self.block.clip)
-        value, value_clipped = value_loss(values, rows.values, rows.returns, self.block.value_clip)
-        total = (policy * rows.mask).sum() + (value * rows.mask).sum()
-        with torch.no_grad():
-            change = (logprobs - rows.logprobs) * rows.mask
-            columns = [policy, value, policy_clipped, value_clipped, change.exp(), 0.5 * change.pow(2), entropy]
-            sums = [(c.detach() * rows.mask).sum() for c in columns] + [rows.mask.sum()]
-        return total, torch.stack(sums).double().cpu()
-
-    def _stats(self, sums: Tensor) -> dict[str, float]:
-        shared = sums.to(self.engine.device, torch.float32)
-        dist.all_reduce(shared)
-        policy, value, clipped, value_clipped, ratio, approxkl, entropy = (shared[:7] / shared[7]).tolist()
-        rates = {f"lr/{g['name']}": float(g["lr"]) for g in self.engine.optimizer.param_groups}
-        return {
-            "loss/policy_avg": policy,
-            "loss/value_avg": value,
-            "policy/clipfrac_avg": clipped,
-            "val/clipfrac_avg": value_clipped,
-            "val/ratio": ratio,
-            "policy/approxkl_avg": approxkl,
-            "policy/entropy_avg": entropy,
-            **rates,
-            **{f"grad_norm/{name}": norm for name, norm in self.clipping.norms.items()},
-        }
-
-    def _set_learning_rates(self, update: int) -> None:
-        block = self.block
-        total = block.steps * block.epochs * block.minibatches
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * engine.learning_rate_factor(block, update, total)
-
     def evaluate(self) -> dict[str, float]:
-        """Mean score, KL and length on held-out prompts, sampled with the same noise every time."""
+        """Mean score (and gold score), KL and length on held-out prompts, sampled with the same noise every time; nothing
+        when a source that may be skipped cannot be reached."""
         count = min(len(self.held_out), self.block.eval_rows)
         padded = [self.held_out[i % count] for i in range(-(-count // self.world) * self.world)]
+        rows = [prompt.row for prompt in self.share(padded, 1)]
         rollout = self.sample(padded, 0, seed_offset=1)
-        batch = experience(judge(self.engine, rollout, self.block.sampling.temperature, self.micro), self.block, 0.0)
-        sequence_kl = (batch.kl * batch.mask).sum(1)[:count]
-        return {
-            "eval/score": float(batch.scores[:count].mean()),
-            "eval/kl": float(sequence_kl.mean()),
-            "eval/length": float(batch.lengths[:count].float().mean()),
+        try:
+            scores, _ = self.rewards(self.engine, rollout, rows, self.micro)
+            gold = self.gold(self.engine, rollout, rows, self.micro)[0] if self.gold is not None else None
+        except Skipped as reason:
+            self._tell(f"an evaluation is left out: {reason}")
+            return {}
+        logprobs, reference, _, _ = judge(self.engine, rollout, self.block.sampling.temperature, self.micro)
+        kl = (estimate(logprobs, reference, kl_estimator(self.block)) * rollout.mask).sum(1)
+        scores, kl, lengths = (engine.gather_rows(column)[:count] for column in (scores, kl, rollout.lengths))
+        found = {
+            "eval/score": float(scores.mean()),
+            "eval/kl": float(kl.mean()),
+            "eval/length": float(lengths.float().mean()),
         }
+        if gold is not None:
+            gold = engine.gather_rows(gold)[:count]
+            found |= {"eval/gold": float(gold.mean()), "eval/gold_std": float(gold.std(unbiased=False))}
+        return found
 
     def boundary(self, tracker: Tracker) -> bool:
         """What happens between steps: evaluation, best-so-far, saving, stop requests. True when training ends early."""
@@ -221,8 +204,10 @@ class Loop:
         improved = False
         if block.eval_every and self.held_out and (self.step % block.eval_every == 0 or last):
             metrics = self.evaluate()
-            tracker.log(self.step, metrics)
-            improved = self.best is None or metrics["eval/score"] > self.best
+            if metrics:
+                self.heed(self.watch.evaluation(metrics))
+                tracker.log(self.step, metrics)
+            improved = bool(metrics) and (self.best is None or metrics["eval/score"] > self.best)
             if improved:
                 self.best, self.best_step, self.stale = metrics["eval/score"], self.step, 0
             else:
@@ -236,15 +221,49 @@ class Loop:
             raise Stopped
         return early
 
+    def heed(self, raised: list[Raised]) -> None:
+        """Warn of signals; raise Trouble for one that the recipe stops on."""
+        for signal in raised:
+            self._tell(f"warning: {signal.message}")
+            if signal.name in self.block.signals.stop_on:
+                self.fail(None, self.step - 1, f"{signal.message} (the recipe stops on {signal.name})")
+
+    def skip(self, reason: Skipped) -> dict[str, float]:
+        """Count a batch that a reward source could not score, and leave it out."""
+        self.skipped += 1
+        self._tell(f"a batch is left out: {reason}")
+        return {"skipped_batches": float(self.skipped)}
+
+    def _tell(self, message: str) -> None:
+        if self.context.is_main:
+            print(f"{self.context.stage}  step {self.step}  {message}", file=sys.stderr, flush=True)
+
+    def fail(self, batch: Experience | None, step: int, reason: str) -> NoReturn:
+        """Save the batch for inspection and raise Trouble. Every rank calls it with the same reason."""
+        where = f"stage {self.context.stage}, step {step + 1}: {reason}"
+        if batch is not None:
+            file = self.context.dir / "trouble" / f"step-{step + 1}.pt"
+            where += f"\n  the batch is saved for inspection: {file}"
+            if self.context.is_main:
+                file.parent.mkdir(exist_ok=True)
+                kept = {name: value.cpu() for name, value in batch.tensors().items()}
+                torch.save(kept | {f"parts/{name}": value.cpu() for name, value in batch.parts.items()}, file)
+        raise Trouble(
+            f"{where}\n  the last complete checkpoint is kept; mend the recipe and run the same command again"
+        )
+
     def save(self) -> None:
         state = {
             "step": self.step,
+            "skipped": self.skipped,
             "kl_coef": self.kl.coef,
             "best": self.best,
             "best_step": self.best_step,
             "stale": self.stale,
+            "running_scores": self.running.state() if self.running else None,
+            "signals": self.watch.state(),
         }
-        engine.save(self.engine, self.context.checkpoints, self.step, state)
+        engine.save(self.engine, self.context.checkpoints, self.step, state, self.ema.save if self.ema else None)
         if self.context.is_main:
             best = self.context.checkpoints / f"step-{self.best_step}" if self.block.publish == "best" else None
             checkpoint.rotate(self.context.checkpoints, self.block.keep_checkpoints, best)
@@ -252,8 +271,12 @@ class Loop:
 
     def resume(self, folder: Path) -> None:
         state = engine.resume(self.engine, folder)
-        self.step, self.kl.coef = state["step"], state["kl_coef"]
+        self.step, self.skipped, self.kl.coef = state["step"], state["skipped"], state["kl_coef"]
         self.best, self.best_step, self.stale = state["best"], state["best_step"], state["stale"]
+        self.running = RunningScores(**state["running_scores"]) if state["running_scores"] else None
+        self.watch.load(state["signals"])
+        if self.ema is not None:
+            self.ema.load(folder)
 
     def canary(self, rollout: Rollout, logprobs: Tensor) -> None:
         """Stop a run that does not see its own policy: rollout and training must agree on the log-probabilities of the
@@ -262,7 +285,7 @@ class Loop:
         dist.all_reduce(difference, op=dist.ReduceOp.MAX)
         limit = CANARY_TOLERANCE[self.block.base.dtype]
         if not float(difference) <= limit:
-            raise RuntimeError(
+            raise Trouble(
                 f"canary: rollout and training log-probabilities differ by {float(difference):.4f} nats per "
                 f"token, more than {limit} allows in {self.block.base.dtype}; the rollout engine and the "
                 "training forward do not see the same positions, mask or adapter"
@@ -278,45 +301,8 @@ class Loop:
                     width,
                     self.block.sampling.temperature,
                 )
-            if torch.equal(bare * rollout.mask[: self.micro], logprobs[: self.micro]):
-                raise RuntimeError("canary: the policy's trained adapter changes nothing; it is not the active one")
-
-    def table(self, batch: Experience, rows: int = 4) -> list[dict[str, Any]]:
-        """Prompt, reply, score and KL of the first rows."""
-        table = []
-        for row in range(min(rows, len(batch.scores))):
-            start, end = int(batch.prompt_lengths[row]), int(batch.prompt_lengths[row] + batch.lengths[row])
-            table.append(
-                {
-                    "prompt": self.encoder.text(batch.tokens[row, :start].tolist()),
-                    "reply": self.encoder.text(batch.tokens[row, start:end].tolist()),
-                    "score": float(batch.scores[row]),
-                    "kl": float(batch.kl[row].sum()),
-                }
-            )
-        return table
-
-
-def describe(batch: Experience, coef: float) -> dict[str, float]:
-    """Means over the rollout's sequences, under the names TRL's dashboards know."""
-    kl = (batch.kl * batch.mask).sum(1)
-    penalty = -coef * kl
-    return {
-        "objective/kl": float(kl.mean()),
-        "objective/kl_coef": coef,
-        "objective/entropy": float(-(batch.logprobs * batch.mask).sum(1).mean()),
-        "objective/scores": float(batch.scores.mean()),
-        "objective/non_score_reward": float(penalty.mean()),
-        "objective/rlhf_reward": float((batch.scores + penalty).mean()),
-        "val/num_eos_tokens": float(batch.ended.sum()),
-        "objective/length": float(batch.lengths.float().mean()),
-        "val/explained_variance": _explained(batch),
-    }
-
-
-def _explained(batch: Experience) -> float:
-    """1 - Var(return - value) / Var(return) over response tokens."""
-    kept = batch.mask.bool()
-    returns, error = batch.returns[kept], (batch.returns - batch.values)[kept]
-    spread = float(returns.var(unbiased=False))
-    return 1.0 - float(error.var(unbiased=False)) / spread if spread > 0 else 0.0
+            same = torch.tensor([float(torch.equal(bare * rollout.mask[: self.micro], logprobs[: self.micro]))])
+            same = same.to(self.engine.device)
+            dist.all_reduce(same, op=dist.ReduceOp.MAX)
+            if bool(same.item()):
+                raise Trouble("canary: the policy's trained adapter changes nothing; it is not the active one")

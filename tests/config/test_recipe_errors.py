@@ -49,7 +49,7 @@ CASES: dict[str, Case] = {
     "unknown key of a block in a stage": (
         {"stages.ppo.kl.targt": 6},
         "stages.ppo.kl.targt",
-        ["one of: coef, estimator, target, horizon", "write `target`"],
+        ["one of: coef, place, estimator, target, horizon", "write `target`"],
     ),
     "unknown key of a source": (
         {"stages.sft.data": [{"path": "rows.jsonl", "shard": 0.2}]},
@@ -132,7 +132,7 @@ CASES: dict[str, Case] = {
     "rollout that does not divide into minibatches": (
         {"stages.ppo.minibatches": 3},
         "stages.ppo.rollout_batch",
-        ["64 prompts", "3 minibatches", "a multiple of 3"],
+        ["64 responses", "3 minibatches", "a multiple of 3"],
     ),
     "minibatch that does not divide over ranks": (
         {"stages.ppo.minibatches": 64},

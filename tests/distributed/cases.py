@@ -32,6 +32,15 @@ def _loop(recipe: str, run_dir: str, overrides: list[str]) -> Any:
     return held[0].loop
 
 
+def _collected(recipe: str, run_dir: str, overrides: list[str]) -> tuple[Any, Any]:
+    """A prepared loop and its first rollout batch, judged."""
+    from stages.ppo.train import Clock
+
+    loop = _loop(recipe, run_dir, overrides)
+    loop.kl.coef = 0.1
+    return loop, loop.collect(0, Clock())
+
+
 def _weights(loop: Any) -> dict[str, torch.Tensor]:
     """Whole trained parameters in float32 on every rank (from the float32 master weights where there are any)."""
     from deepspeed.utils import safe_get_full_fp32_param
@@ -50,13 +59,9 @@ def _weights(loop: Any) -> dict[str, torch.Tensor]:
 
 def one_update(recipe: str, run_dir: str, overrides: list[str], target: str) -> dict[str, Any]:
     """Roll out, judge and update once; rank 0 saves tokens and each parameter's change to `target`."""
-    from stages.ppo.experience import experience, judge
-
-    loop = _loop(recipe, run_dir, overrides)
+    loop, batch = _collected(recipe, run_dir, overrides)
     before = _weights(loop)
-    rollout = loop.sample(loop.prompts.take(0, loop.block.rollout_batch), 0)
-    batch = experience(judge(loop.engine, rollout, loop.block.sampling.temperature, loop.micro), loop.block, 0.1)
-    stats = loop.update(batch, 0)
+    stats = loop.update(batch, 0, loop.kl.coef)
     after = _weights(loop)
     if dist.get_rank() == 0:
         change = {name: after[name] - before[name] for name in before}
@@ -88,16 +93,12 @@ def _master(loop: Any, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, dic
 
 def master_weights(recipe: str, run_dir: str, overrides: list[str], updates: int) -> dict[str, Any]:
     """After `updates` rounds of tiny Adam steps in bf16: dtypes of masters and optimizer states, how far masters moved."""
-    from stages.ppo.experience import experience, judge
-
-    loop = _loop(recipe, run_dir, overrides)
-    rollout = loop.sample(loop.prompts.take(0, loop.block.rollout_batch), 0)
-    batch = experience(judge(loop.engine, rollout, 1.0, loop.micro), loop.block, 0.1)
+    loop, batch = _collected(recipe, run_dir, overrides)
     parameter = next(p for n, p in loop.engine.module.named_parameters() if n.endswith("lora_A.policy.weight"))
-    loop.update(batch, 0)
+    loop.update(batch, 0, 0.1)
     before, _ = _master(loop, parameter)
     for _ in range(updates):
-        loop.update(batch, 0)
+        loop.update(batch, 0, 0.1)
     after, states = _master(loop, parameter)
     return {
         "weight": str(parameter.dtype),
@@ -110,19 +111,16 @@ def master_weights(recipe: str, run_dir: str, overrides: list[str], updates: int
 
 def role_scaling(recipe: str, run_dir: str, overrides: list[str], factor: float) -> dict[str, Any]:
     """The policy's change after one update whose critic loss is multiplied by `factor`, as one norm and a checksum."""
-    import stages.ppo.train as train
-    from stages.ppo.experience import experience, judge
+    import stages.ppo.update as update
 
-    loop = _loop(recipe, run_dir, overrides)
+    loop, batch = _collected(recipe, run_dir, overrides)
     before = _weights(loop)
-    rollout = loop.sample(loop.prompts.take(0, loop.block.rollout_batch), 0)
-    batch = experience(judge(loop.engine, rollout, 1.0, loop.micro), loop.block, 0.1)
-    original = train.value_loss
+    original = update.value_loss
     try:
-        train.value_loss = lambda *a: tuple(x * s for x, s in zip(original(*a), (factor, 1.0), strict=True))
-        stats = loop.update(batch, 0)
+        update.value_loss = lambda *a: tuple(x * s for x, s in zip(original(*a), (factor, 1.0), strict=True))
+        stats = loop.update(batch, 0, 0.1)
     finally:
-        train.value_loss = original
+        update.value_loss = original
     after = _weights(loop)
     policy = {n: (after[n] - before[n]).double() for n in before if n.endswith(".policy.weight")}
     return {

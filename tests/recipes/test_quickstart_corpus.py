@@ -53,9 +53,9 @@ def test_rule_needs_a_known_place_in_the_prompt() -> None:
 
 def test_judge_scores_pairwise() -> None:
     replies = ["The garden has a golden gate.", "The garden has a gate."]
-    assert corpus.judge([PROMPT, PROMPT], replies) == [1.0, 0.0]
+    assert corpus.judge([PROMPT, PROMPT], replies, [{}, {}]) == [1.0, 0.0]
     with pytest.raises(ValueError, match="argument 2 is longer"):
-        corpus.judge([PROMPT], replies)
+        corpus.judge([PROMPT], replies, [{}])
 
 
 def test_generation_is_a_function_of_the_seed() -> None:
@@ -81,7 +81,7 @@ def test_prompts_are_distinct() -> None:
 
 def test_demonstrations_leave_room_above() -> None:
     rows = corpus.demonstrations(corpus.SEED, corpus.ROWS["demonstrations"])
-    scores = corpus.judge([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    scores = corpus.judge([row["prompt"] for row in rows], [row["completion"] for row in rows], rows)
     assert set(scores) == {0.0, 1.0, 2.0, 3.0}
     assert 0.8 < sum(scores) / len(scores) < 1.5
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 SEED = 0
 ROWS = {"demonstrations": 1700, "preferences": 2350, "prompts": 1800}
@@ -147,9 +148,9 @@ def rule_score(prompt: str, completion: str) -> float:
     return float(min(len(counted), MAX_SCORE))
 
 
-def judge(prompts: list[str], completions: list[str]) -> list[float]:
-    """Score each completion against the prompt at the same position."""
-    return [rule_score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+def judge(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
+    """Score each response against the prompt at the same position. The rows tell nothing that the prompts do not."""
+    return [rule_score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def pretraining_text(seed: int, n: int) -> list[str]:

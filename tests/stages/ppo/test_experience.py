@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from pipeline.config.schema import Base, Ppo, Source
 from pipeline.generation.rollout import Rollout
-from stages.ppo.experience import Experience, Judged, experience, shaped
+from stages.ppo.experience import Experience, Judged, experience
+from stages.ppo.scores import shaped
 
 pytestmark = pytest.mark.fast
 
@@ -79,9 +80,15 @@ def test_estimator_of_the_recipe_is_used(golden: SimpleNamespace, judged: Judged
 
 def test_scores_are_clipped_before_the_penalty() -> None:
     scores, ended = torch.tensor([7.0, 7.0, -9.0, 1.0]), torch.tensor([True, False, False, False])
-    assert shaped(scores, ended, block()).tolist() == [7.0, 7.0, -9.0, 1.0]
-    assert shaped(scores, ended, block(score_clip=5.0)).tolist() == [5.0, 5.0, -5.0, 1.0]
-    assert shaped(scores, ended, block(score_clip=5.0, missing_eos_penalty=2.0)).tolist() == [5.0, 3.0, -7.0, -1.0]
+    lengths = torch.tensor([3, 3, 3, 3])
+    assert shaped(scores, lengths, ended, block()).tolist() == [7.0, 7.0, -9.0, 1.0]
+    assert shaped(scores, lengths, ended, block(score_clip=5.0)).tolist() == [5.0, 5.0, -5.0, 1.0]
+    assert shaped(scores, lengths, ended, block(score_clip=5.0, missing_eos_penalty=2.0)).tolist() == [
+        5.0,
+        3.0,
+        -7.0,
+        -1.0,
+    ]
 
 
 def test_rows_are_cut_to_the_longest_of_them() -> None:
@@ -94,6 +101,7 @@ def test_rows_are_cut_to_the_longest_of_them() -> None:
         ended=torch.tensor([True, False, True]),
         mask=whole,
         logprobs=whole,
+        reference=whole,
         values=whole,
         kl=whole,
         advantages=whole,

@@ -1,0 +1,425 @@
+"""Relay's PPO beside TRL 1.12's: same base, prompts, rule reward, settings and episodes; reward at equal KL, seed by seed.
+
+RELAY_TEST_DATA=... python scripts/compare_trl.py             # installs TRL 1.12 into a directory of its own; runs it all
+
+TRL 1.12 is the last release with PPO. It is imported only by compare_trl/trl_ppo.py, in a process of its own. Finished
+runs and measurements are kept in --work and not repeated while the settings are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PARTS = HERE / "compare_trl"
+TRL = "trl==1.12.0"
+SIDES = ("relay", "trl")
+MARGIN = -0.1
+"""Where the lower end of the interval must stay above, in standard deviations of the base's reward."""
+QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t, 97.5 %, by degrees of freedom."""
+
+# Where TRL's PPOConfig has a default that fits, it is TRL's: epochs, minibatches, KL coefficient, clip ranges, vf_coef,
+# gamma, lambda, betas, no warm-up, no weight decay, no gradient clipping.
+SETTINGS: dict[str, Any] = {
+    "reward": "story_reward:cheerful",
+    "steps": 40,
+    "batch": 64,
+    "minibatches": 1,
+    "epochs": 4,
+    "prompt_tokens": 16,
+    "response_tokens": 48,
+    "temperature": 1.0,
+    "lr": 1e-3,
+    "betas": [0.9, 0.999],
+    "kl_coef": 0.05,
+    "clip": 0.2,
+    "value_clip": 0.2,
+    "vf_coef": 0.1,
+    "gamma": 1.0,
+    "lam": 0.95,
+    "r": 8,
+    "alpha": 16,
+    "targets": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "snapshot_every": 4,
+    "held_out_prompts": 128,
+    "samples": 8,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--work", type=Path, default=Path("runs/compare_trl"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/compare_trl.md"))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="one side alone writes no page")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="another value of a setting")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    work = arguments.work.resolve()
+    changed = {key: json.loads(value) for key, _, value in (item.partition("=") for item in arguments.set)}
+    if unknown := changed.keys() - SETTINGS.keys():
+        parser.error(f"no such setting: {', '.join(sorted(unknown))}")
+    settings = prepare(work, SETTINGS | changed)
+    if "trl" in arguments.sides:
+        install(work / "trl-1.12")
+    train = {"relay": train_relay, "trl": train_trl}
+    seconds = {
+        (side, seed): once(work, f"{side}-{seed}", lambda f, side=side, seed=seed: train[side](work, settings, seed, f))
+        for seed in arguments.seeds
+        for side in arguments.sides
+    }
+    found = measure(work, settings, list(seconds))
+    if set(arguments.sides) != set(SIDES):
+        return
+    text = page(settings, arguments.seeds, arguments.set, found, seconds, time.monotonic() - began)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+# ---- what both sides are given
+
+
+def prepare(work: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write prompts, settings and Relay's recipe into `work`; runs made under other settings are removed."""
+    data = Path(os.environ["RELAY_TEST_DATA"]).resolve()
+    settings = settings | {
+        "base": str(data / "stories260K"),
+        "train": str(work / "train.jsonl"),
+        "held_out": str(work / "held_out.jsonl"),
+        "snapshots": list(range(settings["snapshot_every"], settings["steps"] + 1, settings["snapshot_every"])),
+    }
+    if settings["steps"] % settings["snapshot_every"]:
+        raise SystemExit("steps is not a multiple of snapshot_every")
+    prompts = story_prompts(data / "tinystories" / "tinystories_1000.json", settings)
+    parts = {"held_out": prompts[: settings["held_out_prompts"]], "train": prompts[settings["held_out_prompts"] :]}
+    settings |= {"train_prompts": len(parts["train"]), "rule": (PARTS / "story_reward.py").read_text(encoding="utf-8")}
+    record, text = work / "settings.json", json.dumps(settings, indent=1)
+    if work.exists() and (not record.exists() or record.read_text(encoding="utf-8") != text):
+        for stale in [*work.glob("relay-*"), *work.glob("trl-[0-9]"), *work.glob("*.json")]:
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    work.mkdir(parents=True, exist_ok=True)
+    for name, texts in parts.items():
+        lines = [json.dumps({"prompt": text}) + "\n" for text in texts]
+        Path(settings[name]).write_text("".join(lines), encoding="utf-8")
+    (work / "relay.yaml").write_text(yaml.safe_dump(recipe(settings), sort_keys=False), encoding="utf-8")
+    record.write_text(text, encoding="utf-8")
+    return settings
+
+
+def story_prompts(stories: Path, settings: dict[str, Any]) -> list[str]:
+    """Each story's first words, as many whole ones as fit; the different ones, in the order of their hashes."""
+    from transformers import AutoTokenizer
+
+    tokenizer, prompts = AutoTokenizer.from_pretrained(settings["base"]), set()
+    for story in json.loads(stories.read_text(encoding="utf-8")):
+        words, fitting = story.split(), ""
+        for count in range(1, len(words) + 1):
+            opening = " ".join(words[:count])
+            if len(tokenizer(opening)["input_ids"]) > settings["prompt_tokens"]:
+                break
+            fitting = opening
+        if len(tokenizer(fitting)["input_ids"]) >= settings["prompt_tokens"] // 2:
+            prompts.add(fitting)
+    return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).hexdigest())
+
+
+def recipe(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as a Relay recipe of one stage."""
+    ppo = {
+        "kind": "ppo",
+        "policy": "base",
+        "reward": [{"function": settings["reward"]}],
+        "critic": {"init": "policy"},
+        "prompts": [{"path": settings["train"]}],
+        "steps": settings["steps"],
+        "rollout_batch": settings["batch"],
+        "minibatches": settings["minibatches"],
+        "epochs": settings["epochs"],
+        "lr": settings["lr"],
+        "lr_schedule": "constant",
+        "warmup": 0,
+        "betas": settings["betas"],
+        "max_grad_norm": 0.0,
+        "kl": {"coef": settings["kl_coef"], "estimator": "k1"},
+        "clip": settings["clip"],
+        "value_clip": settings["value_clip"],
+        "gamma": settings["gamma"],
+        "lam": settings["lam"],
+        "sampling": {
+            "temperature": settings["temperature"],
+            "max_prompt_length": settings["prompt_tokens"],
+            "max_response_length": settings["response_tokens"],
+            "batch": settings["batch"],
+        },
+        "save_every": settings["snapshot_every"],
+        "keep_checkpoints": len(settings["snapshots"]),
+    }
+    return {
+        "name": "compare-trl",
+        "base": {"model": settings["base"], "dtype": "fp32"},
+        "adapter": {"method": "lora", "r": settings["r"], "alpha": settings["alpha"], "targets": settings["targets"]},
+        "deepspeed": {"config": "zero0", "num_gpus": 1},
+        "data": {"holdout": 0.0},  # the held-out prompts are in a file of their own
+        "stages": {"ppo": ppo},
+    }
+
+
+# ---- the runs
+
+
+def install(folder: Path) -> None:
+    """TRL 1.12 alone, over the installed torch, transformers and peft, in a directory that nothing else imports from."""
+    if not (folder / "trl-1.12.0.dist-info").exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), TRL]
+        subprocess.run(pip, check=True)
+
+
+def once(work: Path, name: str, run: Any) -> float:
+    """Wall seconds of `run(folder)`, or those noted when it was run before; what an unfinished run left is removed."""
+    folder, note = work / name, work / name / "seconds.json"
+    if not note.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        began = time.monotonic()
+        run(folder)
+        note.write_text(json.dumps(round(time.monotonic() - began, 1)), encoding="utf-8")
+    seconds = float(json.loads(note.read_text(encoding="utf-8")))
+    print(f"{name}  {seconds:.0f} s", flush=True)
+    return seconds
+
+
+def train_relay(work: Path, settings: dict[str, Any], seed: int, folder: Path) -> None:
+    relay = str(Path(sys.executable).parent / "relay")
+    call(
+        [relay, "run", str(work / "relay.yaml"), "--run-dir", str(folder / "run"), "--set", f"seed={seed}"], folder, []
+    )
+
+
+def train_trl(work: Path, settings: dict[str, Any], seed: int, folder: Path) -> None:
+    program = [sys.executable, str(PARTS / "trl_ppo.py"), str(work / "settings.json"), str(seed), str(folder)]
+    call(program, folder, [work / "trl-1.12"])
+
+
+def call(command: list[str], folder: Path, first: list[Path]) -> None:
+    """Run a program on one core, the rule importable, its output in `folder`/log."""
+    paths = [*map(str, first), str(PARTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    with (folder / "log").open("w", encoding="utf-8") as log:
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | env, stdout=log, stderr=log).returncode
+    if code:
+        tail = (folder / "log").read_text(encoding="utf-8").splitlines()[-30:]
+        raise SystemExit("\n".join([*tail, f"{' '.join(command)}: exit code {code}, see {folder / 'log'}"]))
+
+
+def measure(work: Path, settings: dict[str, Any], runs: list[tuple[str, int]]) -> dict[str, dict[str, Any]]:
+    """Every snapshot's reward and KL, by one program that does not know which side a snapshot is from."""
+    named = []
+    for side, seed in runs:
+        for step in settings["snapshots"]:
+            inner = Path("run", "ppo", "checkpoints") if side == "relay" else Path()
+            named.append(f"{side}-{seed}-{step}={work / f'{side}-{seed}' / inner / f'step-{step}'}")
+        if side == "relay":  # what was published, to show that it is the last snapshot
+            named.append(f"{side}-{seed}-published={work / f'{side}-{seed}' / 'run' / 'ppo' / 'output'}")
+    out = work / "measured.json"
+    call([sys.executable, str(PARTS / "measure.py"), str(work / "settings.json"), str(out), *named], work, [])
+    found: dict[str, dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
+    for side, seed in runs:
+        last = f"{side}-{seed}-{settings['steps']}"
+        if side == "relay" and found[last] != found[f"{side}-{seed}-published"]:
+            raise SystemExit(f"{last} and the published policy measure differently")
+    return found
+
+
+# ---- the page
+
+
+def curve(
+    settings: dict[str, Any], found: dict[str, dict[str, Any]], side: str, seed: int
+) -> list[tuple[float, float]]:
+    """(KL, reward) from the base through a run's snapshots, in the order of training."""
+    names = ["base", *(f"{side}-{seed}-{step}" for step in settings["snapshots"])]
+    return [(found[name]["kl"], found[name]["reward"]) for name in names]
+
+
+def reward_at(points: list[tuple[float, float]], kl: float) -> float:
+    """The reward where the run first reached `kl`, on the line between the two snapshots around it."""
+    for (low, before), (high, after) in itertools.pairwise(points):
+        if low <= kl <= high:
+            return before + (after - before) * (kl - low) / (high - low)
+    raise ValueError(f"the run never reached a KL of {kl}")
+
+
+def interval(differences: list[float]) -> tuple[float, float, float]:
+    """Mean, lower and upper end of the 95 % interval of the mean (Student's t)."""
+    mean = statistics.mean(differences)
+    half = QUANTILES[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+def page(
+    settings: dict[str, Any],
+    seeds: list[int],
+    overrides: list[str],
+    found: dict[str, dict[str, Any]],
+    seconds: dict[tuple[str, int], float],
+    elapsed: float,
+) -> str:
+    base, last = found["base"], settings["steps"]
+    curves = {run: curve(settings, found, *run) for run in seconds}
+    reached = min(max(kl for kl, _ in points) for points in curves.values())
+    levels = {reached: "the largest KL that every run reached", reached / 2: "half of it"}
+    sets = "".join(f" --set {item}" for item in overrides)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "deepspeed"))
+    lines = [
+        "# Relay's PPO beside TRL 1.12's",
+        "",
+        f"`RELAY_TEST_DATA=... python scripts/compare_trl.py{sets}`, Python {platform.python_version()}, {libraries}, {TRL} in "
+        f"a directory of its own, on {platform.machine()} ({os.cpu_count()} cores), one process and one thread per run, "
+        f"{elapsed / 60:.0f} min in all. Commit {commit()}.",
+        "",
+        "Base: `stories260K`. Reward: different cheerful words in the reply less different gloomy ones, -6 to 6 "
+        f"([the rule](../../scripts/compare_trl/story_reward.py)). The base scores {base['reward']:.3f} with a standard "
+        f"deviation over replies of **{base['reward_sd']:.3f}**, the unit of the differences below.",
+        "",
+        *verdict(settings, seeds, curves, levels, base["reward_sd"]),
+        "## Every seed",
+        "",
+        "At the end of training:",
+        "",
+        "| seed | reward, Relay | reward, TRL | KL, Relay | KL, TRL | different replies, Relay | TRL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for seed in seeds:
+        ours, theirs = found[f"relay-{seed}-{last}"], found[f"trl-{seed}-{last}"]
+        cells = [f"{x[key]:.3f}" for key in ("reward", "kl", "different") for x in (ours, theirs)]
+        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
+    for level, words in levels.items():
+        lines += [
+            "",
+            f"At KL {level:.2f} ({words}):",
+            "",
+            "| seed | Relay | TRL | difference / sd |",
+            "|---|---|---|---|",
+        ]
+        for seed in seeds:
+            ours, theirs = (reward_at(curves[side, seed], level) for side in SIDES)
+            lines.append(f"| {seed} | {ours:.3f} | {theirs:.3f} | {(ours - theirs) / base['reward_sd']:+.3f} |")
+    lines += [
+        "",
+        "Along the training, reward (KL), the mean of the seeds:",
+        "",
+        "| step | Relay | TRL |",
+        "|---|---|---|",
+    ]
+    for place, step in enumerate([0, *settings["snapshots"]]):
+        cells = []
+        for side in SIDES:
+            kl, reward = (statistics.mean(curves[side, seed][place][i] for seed in seeds) for i in (0, 1))
+            cells.append(f"{reward:.3f} ({kl:.2f})")
+        lines.append(f"| {step} | {cells[0]} | {cells[1]} |")
+    lines += ["", "Wall seconds of each run, start to end, imports, snapshots and logs included:", ""]
+    lines += ["| seed | Relay | TRL |", "|---|---|---|"]
+    lines += [f"| {seed} | {seconds['relay', seed]:.0f} | {seconds['trl', seed]:.0f} |" for seed in seeds]
+    return "\n".join([*lines, "", *explained(settings), "", *differing()]) + "\n"
+
+
+def verdict(
+    settings: dict[str, Any],
+    seeds: list[int],
+    curves: dict[tuple[str, int], list[tuple[float, float]]],
+    levels: dict[float, str],
+    unit: float,
+) -> list[str]:
+    """The question, answered: the interval of the difference at each level of KL."""
+    lines = [
+        f"Reward at equal KL, Relay less TRL, in standard deviations; mean of {len(seeds)} seeds and its 95 % interval "
+        f"(Student's t). The lower end is to be above {MARGIN}:",
+        "",
+        "| KL | mean | 95 % interval | lower end |",
+        "|---|---|---|---|",
+    ]
+    for level, words in levels.items():
+        by_side = {side: [reward_at(curves[side, seed], level) for seed in seeds] for side in SIDES}
+        mean, low, high = interval([(a - b) / unit for a, b in zip(by_side["relay"], by_side["trl"], strict=True)])
+        answer = "above" if low > MARGIN else "NOT above"
+        lines.append(f"| {level:.2f}, {words} | {mean:+.3f} | {low:+.3f} to {high:+.3f} | {answer} {MARGIN} |")
+    return [*lines, ""]
+
+
+def explained(settings: dict[str, Any]) -> list[str]:
+    shown = {
+        key: value for key, value in settings.items() if key in SETTINGS and key not in ("snapshot_every", "samples")
+    }
+    shown |= {"train_prompts": settings["train_prompts"]}
+    return [
+        "## Settings, the same on both sides",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(
+            f"| {key} | {' '.join(map(str, value)) if isinstance(value, list) else value} |"
+            for key, value in shown.items()
+        ),
+        f"| episodes | {settings['steps'] * settings['batch']} |",
+        "| others | float32, AdamW, constant learning rate, no warm-up, decay or gradient clipping, k1 in the reward, "
+        "advantages whitened over the batch, rewards not, no EOS penalty |",
+        "",
+        "Settings are TRL's defaults where they fit; learning rate, batch and steps were chosen on TRL's side alone, before "
+        "Relay's was run.",
+        "",
+        f"Both sides' snapshots, one every {settings['snapshot_every']} steps, are measured by one program: "
+        f"{settings['held_out_prompts']} held-out prompts, {settings['samples']} replies each, Hugging Face sampling from the "
+        "same torch seed; the KL of a reply to the base is summed over its tokens, each the KL of the whole next-token "
+        "distribution. Reward at a KL: on the line between the snapshots around the first place where the run reached it.",
+    ]
+
+
+def differing() -> list[str]:
+    return [
+        "## What differs between the implementations",
+        "",
+        "- **Reward.** TRL takes a reward model and no function: it is given a module whose backbone passes the token ids "
+        "on and whose score decodes and calls the rule. Relay's recipe names the function.",
+        "- **Critic.** In TRL a second copy of the model, here with an adapter of the same shape and a head drawn from "
+        "the same distribution as Relay's; in Relay an adapter and a head on the shared base. TRL weighs the value loss by "
+        "`vf_coef`, Relay by 1; the two losses share no parameter, so under AdamW the weight changes little.",
+        "- **Padding.** TRL pads prompts on the left and masks; Relay samples and trains without padding between prompt "
+        "and reply. TRL gives the score at the token after EOS where there is one, Relay at EOS.",
+        "- **Random numbers.** Relay draws each token from a key of seed, step and prompt; TRL from torch's generator. "
+        "Order of prompts, adapters' first weights and noise differ, so equal seeds of the two sides are not paired.",
+        "- **Program.** Relay runs under the `deepspeed` launcher (ZeRO-0, one rank) and saves hashed checkpoints at the "
+        "snapshot steps; TRL runs plainly and saves adapters. Wall times hold all of that and are no benchmark of the "
+        "loops.",
+    ]
+
+
+def commit() -> str:
+    """The commit the page was made on, marked when the tree had changes."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

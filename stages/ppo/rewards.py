@@ -1,0 +1,96 @@
+"""The recipe's reward sources over a rollout: reward models, ensembles, functions, endpoints and checks, weighted and added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config.schema import RewardSource, StageReward
+from pipeline.data.encode import Encoder
+from pipeline.errors import Trouble
+from pipeline.generation.rollout import Rollout
+from pipeline.scoring.ensemble import combine
+from pipeline.scoring.errors import SourceError, SourceUnavailable
+from pipeline.scoring.source import Source, build, checked
+
+
+class Skipped(Exception):
+    """A source could not be reached and the recipe says to leave the batch out. Raised on every rank."""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """`sources` as the recipe lists them; `texts` are those that read text, in the same order (None for reward stages);
+    `roles` names the role of each reward stage."""
+
+    sources: list[RewardSource]
+    texts: list[Source | None]
+    roles: dict[str, str]
+    encoder: Encoder
+
+    @classmethod
+    def of(cls, sources: list[RewardSource], roles: dict[str, str], encoder: Encoder, where: str) -> Rewards:
+        texts = [None if isinstance(source, StageReward) else build(source, where) for source in sources]
+        return cls(sources, texts, roles, encoder)
+
+    def __call__(
+        self, engine: Any, rollout: Rollout, rows: list[dict[str, Any]], micro_batch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(weighted sum, each source's own scores by name), float32 [B], of this rank's rollout; `rows` are the data rows
+        of its prompts. Collective. Raises Trouble, or Skipped, on every rank when a source fails on any."""
+        texts = self._texts(rollout)
+        parts: dict[str, Tensor] = {}
+        problem: tuple[str, bool] | None = None
+        total = torch.zeros(len(rollout.lengths), device=rollout.lengths.device)
+        for source, text in zip(self.sources, self.texts, strict=True):
+            if isinstance(source, StageReward):
+                name, scores = "+".join(source.stage), self._models(engine, rollout, source, micro_batch)
+            else:
+                assert text is not None
+                name = text.name
+                try:
+                    given = checked(text, *texts, rows)
+                except SourceError as error:
+                    skip = isinstance(error, SourceUnavailable) and getattr(source, "on_failure", "stop") == "skip"
+                    problem = problem or (str(error), skip)
+                    given = [0.0] * len(total)
+                scores = torch.tensor(given, dtype=torch.float32, device=total.device)
+            parts[name] = parts[name] + scores if name in parts else scores
+            total = total + source.weight * scores
+        self._agree(problem)
+        return total, parts
+
+    def _models(self, engine: Any, rollout: Rollout, source: StageReward, micro_batch: int) -> Tensor:
+        """The combined score of one reward model or of an ensemble, [B]."""
+        members = []
+        with engine.module.evaluating():
+            for stage in source.stage:
+                pieces = []
+                for start in range(0, len(rollout.lengths), micro_batch):
+                    rows = slice(start, start + micro_batch)
+                    ends = rollout.prompt_lengths[rows] + rollout.lengths[rows]
+                    pieces.append(engine("scores", self.roles[stage], rollout.tokens[rows], ends))
+                members.append(torch.cat(pieces))
+        return combine(torch.stack(members), source.combine, source.k)
+
+    def _texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
+        """Prompts and responses as text; nothing where no source reads text."""
+        if not any(self.texts):
+            return [], []
+        rows = range(len(rollout.lengths))
+        prompts = [self.encoder.text(rollout.tokens[r, : int(rollout.prompt_lengths[r])].tolist()) for r in rows]
+        return prompts, [self.encoder.text(rollout.response(r)) for r in rows]
+
+    @staticmethod
+    def _agree(problem: tuple[str, bool] | None) -> None:
+        """Raise on every rank what any rank met; a failure that stops goes before one that skips."""
+        met: list[tuple[str, bool] | None] = [problem]
+        if dist.get_world_size() > 1:
+            met = [None] * dist.get_world_size()
+            dist.all_gather_object(met, problem)
+        for message, skip in sorted((m for m in met if m), key=lambda m: m[1]):
+            raise Skipped(message) if skip else Trouble(message)

@@ -1,0 +1,156 @@
+"""The update: epochs over minibatches of a rollout, clipped losses, one optimizer step per minibatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline import engine
+from pipeline.config.recipe import split as split_batch
+from pipeline.config.schema import Ppo, Schedule
+from pipeline.errors import Trouble
+from stages.ppo.advantage import ESTIMATORS
+from stages.ppo.experience import Experience, kl_place
+from stages.ppo.kl import estimate
+from stages.ppo.loss import policy_loss, token_weights, value_loss
+from stages.ppo.ptx import Mixture
+
+COLUMNS = ("policy", "value", "clipped", "value_clipped", "ratio", "approxkl", "entropy", "tokens", "ptx", "ptx_tokens")
+"""What an update adds up over response tokens for its metrics; the last two over the supervised rows' target tokens."""
+
+
+@dataclass
+class Updater:
+    """Learns from one rollout batch at a time. `ptx` is the supervised data that is mixed in, or None."""
+
+    block: Ppo
+    engine: Any
+    clipping: engine.RoleClipping
+    ptx: Mixture | None
+
+    def __post_init__(self) -> None:
+        block, estimator = self.block, ESTIMATORS[self.block.advantage_estimator]
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.size = block.rollout_batch // block.minibatches
+        self.micro, self.accumulation = split_batch("ppo", self.size, self.world, block.micro_batch)
+        self.critic = estimator.critic
+        self.aggregation = block.loss_aggregation or estimator.aggregation
+        own = block.critic
+        self.schedules = {
+            "policy": block,
+            "critic": Schedule(
+                lr_schedule=own.lr_schedule or block.lr_schedule,
+                warmup=block.warmup if own.warmup is None else own.warmup,
+            ),
+        }
+
+    def __call__(self, batch: Experience, step: int, kl_coef: float) -> dict[str, float]:
+        """PPO epochs over minibatches of the rollout of `step`; the metrics.
+
+        The loss of a minibatch is its mean over all ranks: each micro-batch adds its weighted sum x ranks, and DeepSpeed
+        averages gradients over ranks. Which rows form a minibatch does not depend on the number of ranks. With `target_kl`
+        the minibatch whose mean approximate KL to the rollout's policy exceeds it is the update's last.
+        """
+        block, sums, updates = self.block, torch.zeros(len(COLUMNS), dtype=torch.float64), 0
+        self.engine.module.train()
+        for epoch in range(block.epochs):
+            generator = torch.Generator().manual_seed(((block.seed << 20) + step) * 1000 + epoch)
+            order = torch.randperm(block.rollout_batch, generator=generator)
+            for minibatch in range(block.minibatches):
+                number = (step * block.epochs + epoch) * block.minibatches + minibatch
+                self._set_learning_rates(step, number)
+                chosen = order[minibatch * self.size : (minibatch + 1) * self.size].to(batch.mask.device)
+                found = self._minibatch(batch, chosen, step, number, kl_coef)
+                sums, updates = sums + found, updates + 1
+                if block.target_kl is not None and self._mean_kl(found) > block.target_kl:
+                    return self._metrics(sums, updates)
+        return self._metrics(sums, updates)
+
+    def _minibatch(self, batch: Experience, chosen: Tensor, step: int, number: int, kl_coef: float) -> Tensor:
+        """One optimizer step on the rows `chosen` of all ranks; this rank's sums over `COLUMNS`."""
+        sums, before = torch.zeros(len(COLUMNS), dtype=torch.float64), self.clipping.steps
+        tokens = float(batch.mask[chosen].sum())
+        mine = chosen[self.rank * self.size // self.world : (self.rank + 1) * self.size // self.world]
+        mixed, targets = self.ptx.parts(number, self.rank, self.world, self.accumulation) if self.ptx else ([], 1)
+        for part, start in enumerate(range(0, len(mine), self.micro)):
+            loss, found = self.losses(batch.rows(mine[start : start + self.micro]), tokens, kl_coef)
+            if self.ptx:
+                supervised = self.ptx.loss(self.engine, mixed[part])
+                loss = loss + self.ptx.coef(step) * supervised / targets
+                found[COLUMNS.index("ptx")] = float(supervised.detach())
+            self.engine.backward(loss * self.world, scale_wrt_gas=False)
+            self.engine.step()
+            sums += found
+        sums[COLUMNS.index("ptx_tokens")] = targets / self.world
+        if self.block.base.dtype != "fp16" and self.clipping.steps == before:
+            raise Trouble(
+                "a gradient is not finite"
+            )  # in fp16 such a step lowers the loss scale; elsewhere nothing would mend
+        return sums
+
+    def losses(self, rows: Experience, tokens: float, kl_coef: float) -> tuple[Tensor, Tensor]:
+        """(this micro-batch's share of the minibatch's mean loss, sums over `COLUMNS`); the minibatch has `tokens` tokens."""
+        block, width = self.block, rows.mask.shape[1]
+        logprobs, entropy = self.engine(
+            "log_probs",
+            "policy",
+            rows.tokens,
+            rows.prompt_lengths,
+            width,
+            block.sampling.temperature,
+            learn_entropy=block.entropy_coef > 0,
+        )
+        weights = token_weights(rows.mask, rows.lengths, self.size, tokens, self.aggregation)
+        policy, policy_clipped = policy_loss(logprobs, rows.logprobs, rows.advantages, block.clip, block.dual_clip)
+        total = (policy * weights).sum()
+        if kl_place(block) == "loss":
+            total = total + kl_coef * (estimate(logprobs, rows.reference, "k3") * weights).sum()
+        if block.entropy_coef > 0:
+            total = total - block.entropy_coef * (entropy * weights).sum()
+        value = value_clipped = torch.zeros_like(policy)
+        if self.critic:
+            values = self.engine("values", "critic", rows.tokens, rows.prompt_lengths, width)
+            value, value_clipped = value_loss(values, rows.values, rows.returns, block.value_clip)
+            total = total + (value * rows.mask).sum() / tokens
+        with torch.no_grad():
+            change = (logprobs - rows.logprobs) * rows.mask
+            columns = [policy, value, policy_clipped, value_clipped, change.exp(), 0.5 * change.pow(2), entropy]
+            sums = [(c.detach() * rows.mask).sum() for c in columns] + [rows.mask.sum()]
+        return total, torch.cat([torch.stack(sums).double().cpu(), torch.zeros(2, dtype=torch.float64)])
+
+    def _mean_kl(self, sums: Tensor) -> float:
+        """Mean over a minibatch's tokens on all ranks of half the squared change of the log-probability."""
+        shared = sums[[COLUMNS.index("approxkl"), COLUMNS.index("tokens")]].to(self.engine.device, torch.float32)
+        dist.all_reduce(shared)
+        return float(shared[0] / shared[1])
+
+    def _metrics(self, sums: Tensor, updates: int) -> dict[str, float]:
+        shared = sums.to(self.engine.device, torch.float32)
+        dist.all_reduce(shared)
+        mean = dict(zip(COLUMNS, (shared / shared[COLUMNS.index("tokens")]).tolist(), strict=True))
+        critic = {"loss/value_avg": mean["value"], "val/clipfrac_avg": mean["value_clipped"]} if self.critic else {}
+        ptx = {"loss/ptx_avg": mean["ptx"] / mean["ptx_tokens"]} if self.ptx else {}
+        return {
+            "loss/policy_avg": mean["policy"],
+            **critic,
+            **ptx,
+            "policy/clipfrac_avg": mean["clipped"],
+            "val/ratio": mean["ratio"],
+            "policy/approxkl_avg": mean["approxkl"],
+            "policy/entropy_avg": mean["entropy"],
+            "policy/updates": float(updates),
+            **{f"lr/{g['name']}": float(g["lr"]) for g in self.engine.optimizer.param_groups},
+            **{f"grad_norm/{name}": norm for name, norm in self.clipping.norms.items()},
+        }
+
+    def _set_learning_rates(self, step: int, update: int) -> None:
+        block = self.block
+        total = block.steps * block.epochs * block.minibatches
+        for group in self.engine.optimizer.param_groups:
+            frozen = group["name"] == "policy" and step < block.freezing_actor_steps
+            factor = 0.0 if frozen else engine.learning_rate_factor(self.schedules[group["name"]], update, total)
+            group["lr"] = group["peak_lr"] * factor

@@ -1,0 +1,223 @@
+"""Autograd through Relay's losses against central differences of the reference formulas, in float64.
+
+The points are kept away from the kinks, where a difference quotient means nothing: a ratio on the clip's edge, an error that
+clipping does not change.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from stages.ppo.kl import estimate
+from stages.ppo.loss import policy_loss, token_weights, value_loss
+from tests.parity import reference
+from tests.parity.batches import Batch, batches, quick, tensor
+
+pytestmark = pytest.mark.fast
+OLD = -1.3
+
+
+def close(found: Tensor | None, expected: NDArray[np.float64]) -> None:
+    assert found is not None
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-8)
+
+
+def leaf(values: NDArray[np.float64]) -> Tensor:
+    return tensor(values).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "dual", "slope"),
+    [
+        (1.0, 2.0, None, -2.0),  # -A rho inside the clip
+        (1.1, -0.7, None, 0.77),
+        (1.5, 1.0, None, 0.0),  # clipped: a good token already likelier
+        (0.5, -1.0, None, 0.0),  # clipped: a bad token already less likely
+        (1.5, -1.0, None, 1.5),  # outside, and still to be brought back
+        (0.5, 1.0, None, -0.5),
+        (2.9, -1.0, 3.0, 2.9),  # below the second clip
+        (3.1, -1.0, 3.0, 0.0),  # beyond it: the loss stays at 3
+        (3.1, 1.0, 3.0, 0.0),  # the second clip is for A < 0; the first holds
+        (0.5, -1.0, 3.0, 0.0),
+    ],
+)
+def test_policy_gradient(ratio: float, advantage: float, dual: float | None, slope: float) -> None:
+    point = np.array([OLD + math.log(ratio)])
+    new = leaf(point)
+    policy_loss(new, torch.tensor([OLD]).double(), tensor(np.array([advantage])), 0.2, dual)[0].sum().backward()
+    close(new.grad, reference.slope(lambda x: reference.policy_loss(float(x[0]), OLD, advantage, 0.2, dual), point))
+    assert float(new.grad) == pytest.approx(slope, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "eps", "slope"),
+    [
+        (1.1, 2.0, 0.2, -0.9),  # within the clip of the old value 1
+        (2.0, 2.5, 0.2, 0.0),  # clipped: nearer to the target than the clip allows
+        (0.0, -0.5, 0.2, 0.0),
+        (3.0, 0.0, 0.2, 3.0),  # far and wrong: the unclipped error is the larger
+        (0.0, 2.0, 0.2, -2.0),
+        (2.0, 2.5, None, -0.5),
+    ],
+)
+def test_value_gradient(value: float, target: float, eps: float | None, slope: float) -> None:
+    point = np.array([value])
+    new = leaf(point)
+    value_loss(new, torch.ones(1).double(), tensor(np.array([target])), eps)[0].sum().backward()
+    close(new.grad, reference.slope(lambda x: reference.value_loss(float(x[0]), 1.0, target, eps), point))
+    assert float(new.grad) == pytest.approx(slope, abs=1e-6)
+
+
+def off_the_policy_kinks(new: NDArray[np.float64], old: NDArray[np.float64], edges: list[float]) -> NDArray[np.float64]:
+    """`new`, moved by 0.001 where its ratio to `old` is within 1e-4 of an edge."""
+    near = np.min([np.abs(np.exp(new - old) - edge) for edge in edges], axis=0) < 1e-4
+    return new + 1e-3 * near
+
+
+def mean(batch: Batch, losses: list[reference.Row], aggregation: str) -> float:
+    return {"token": reference.token_mean, "sequence": reference.sequence_mean}[aggregation](losses)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("dual", [None, 1.5])
+@quick
+@given(batches())
+def test_minibatch_policy_gradient(dual: float | None, aggregation: str, batch: Batch) -> None:
+    """Policy loss and the k3 penalty of GRPO's equation 3, weighed into a mean: the gradient of the whole, and none past
+    the responses."""
+    old, base, advantages = batch.normal("old", -2.0), batch.normal("reference", -2.0), batch.normal("advantages")
+    point = off_the_policy_kinks(old + batch.normal("change", 0.0, 0.4), old, [0.8, 1.2, 1.5])
+    new, mask = leaf(point), batch.mask()
+    loss = policy_loss(new, tensor(old), tensor(advantages), 0.2, dual)[0]
+    loss = loss + batch.coef * estimate(new, tensor(base), "k3")
+    weights = token_weights(mask, batch.tokens(), len(mask), float(mask.sum()), aggregation)
+    (loss * weights).sum().backward()
+
+    def formula(x: NDArray[np.float64]) -> float:
+        rows = zip(*(batch.rows(a) for a in (x, old, base, advantages)), strict=True)
+        losses = [
+            np.array([reference.policy_loss(*cell, 0.2, dual) for cell in zip(n, o, a, strict=True)])
+            + batch.coef * reference.k3(n, b)
+            for n, o, b, a in rows
+        ]
+        return mean(batch, losses, aggregation)
+
+    close(new.grad, reference.slope(formula, point))
+
+
+@quick
+@given(batches())
+def test_minibatch_value_gradient(batch: Batch) -> None:
+    old, target = batch.normal("old"), batch.normal("returns")
+    point = batch.normal("new")
+    edge = np.minimum(
+        np.abs(np.abs(point - old) - 0.2), np.abs(point + np.clip(point, old - 0.2, old + 0.2) - 2 * target)
+    )
+    point = point + 1e-3 * (edge < 1e-4)
+    new, mask = leaf(point), batch.mask()
+    weights = token_weights(mask, batch.tokens(), len(mask), float(mask.sum()), "token")
+    (value_loss(new, tensor(old), tensor(target), 0.2)[0] * weights).sum().backward()
+
+    def formula(x: NDArray[np.float64]) -> float:
+        rows = zip(*(batch.rows(a) for a in (x, old, target)), strict=True)
+        losses = [[reference.value_loss(*cell, 0.2) for cell in zip(*row, strict=True)] for row in rows]
+        return mean(batch, [np.array(row) for row in losses], "token")
+
+    close(new.grad, reference.slope(formula, point))
+
+
+@pytest.mark.parametrize("difference", [-3.0, -0.01, 0.0, 0.01, 3.0])
+def test_k3_gradient(difference: float) -> None:
+    """1 - q / p: it pulls towards the reference, and is zero where the two agree."""
+    point = np.array([OLD])
+    new = leaf(point)
+    estimate(new, tensor(point + difference), "k3").sum().backward()
+    close(new.grad, reference.slope(lambda x: float(reference.k3(x, point + difference)[0]), point))
+    assert float(new.grad) == pytest.approx(1.0 - math.exp(difference), abs=1e-6)
+
+
+def test_k3_gradient_is_the_divergences() -> None:
+    """Over a vocabulary: sampled from p, the mean gradient of k3 in the loss is not that of KL(p || q) (GRPO's choice all
+    the same), but that of KL(q || p), here with respect to log p at each token: sum of p (1 - q / p) d = sum of (p - q) d."""
+    generator = np.random.default_rng(0)
+    p, q = generator.dirichlet(np.ones(20), 2)
+    logits = leaf(np.log(p))
+    log_p = logits.log_softmax(-1)
+    (tensor(p) * estimate(log_p, tensor(np.log(q)), "k3")).sum().backward()
+
+    def forward_kl(x: NDArray[np.float64]) -> float:
+        return -sum(w * reference.log_prob(x, i, 1.0) for i, w in enumerate(q))
+
+    close(logits.grad, reference.slope(forward_kl, np.log(p)))
+
+
+def test_gradcheck() -> None:
+    """PyTorch's own check, over points on all sides of the clips."""
+    new = torch.linspace(-1.5, 1.5, 31, dtype=torch.float64) + 1e-3
+    for sign in (1.0, -1.0):
+        point, old = new.clone().requires_grad_(), torch.zeros(31).double()
+        side = torch.full((31,), sign).double()
+        assert torch.autograd.gradcheck(lambda x, o=old, a=side: policy_loss(x, o, a, 0.2, 3.0)[0], (point,))
+        assert torch.autograd.gradcheck(lambda x, o=old, a=side: value_loss(x, o, 0.3 * a, 0.2)[0], (point,))
+        assert torch.autograd.gradcheck(lambda x, o=old: estimate(x, o, "k3"), (point,))
+
+
+class Logits(nn.Module):
+    """A language model that answers `logits` [B, L, V]."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, logits_to_keep: int = 0, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits[:, -logits_to_keep:])
+
+
+@pytest.fixture(params=[1.0, 0.7], ids=lambda t: f"temperature {t}")
+def read(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """Two responses of 3 and 2 tokens after prompts of 2 and 1, as `Roles.log_probs` reads them from given logits."""
+    from pipeline.model.roles import Role, Roles
+
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0.0, 1.0, (2, 5, 7)).astype(np.float32).astype(np.float64)
+    tokens = generator.integers(0, 7, (2, 5))
+    model = Logits(tensor(logits, torch.float32))
+    roles = Roles({"base": model}, {}, {"policy": Role("base", None, True)})
+    arguments = ("policy", torch.tensor(tokens), torch.tensor([2, 1]), 3, request.param)
+    logprobs, entropy = roles("log_probs", *arguments, learn_entropy=True)
+    cells = [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]  # (row, position that the token after it is read from)
+    mask = tensor(np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]), torch.float32)
+    return SimpleNamespace(
+        model=model,
+        logits=logits,
+        mask=mask,
+        kept=mask.bool(),
+        logprobs=logprobs,
+        entropy=entropy,
+        log_prob=lambda z: [reference.log_prob(z[b, t], tokens[b, t + 1], request.param) for b, t in cells],
+        spread=lambda z: [reference.entropy(z[b, t], request.param) for b, t in cells],
+    )
+
+
+def test_log_probability_and_its_gradient(read: SimpleNamespace) -> None:
+    """Of the softmax at the sampling temperature; float32, as it runs."""
+    np.testing.assert_allclose(read.logprobs[read.kept].detach().numpy(), read.log_prob(read.logits), rtol=1e-5)
+    (read.logprobs * read.mask).sum().backward()
+    expected = reference.slope(lambda z: sum(read.log_prob(z)), read.logits)
+    np.testing.assert_allclose(read.model.logits.grad.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_and_its_gradient(read: SimpleNamespace) -> None:
+    np.testing.assert_allclose(read.entropy[read.kept].detach().numpy(), read.spread(read.logits), rtol=1e-5)
+    (read.entropy * read.mask).sum().backward()
+    expected = reference.slope(lambda z: sum(read.spread(z)), read.logits)
+    np.testing.assert_allclose(read.model.logits.grad.numpy(), expected, rtol=1e-5, atol=1e-6)
