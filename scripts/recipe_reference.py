@@ -68,8 +68,8 @@ def estimators() -> str:
     lines = [
         "## Advantage estimators",
         "",
-        "What `advantage_estimator` may be, what each needs, and what it does unless `kl.place`, `loss_aggregation` or `whiten`",
-        "say otherwise. The functions and their papers are in `stages/ppo/advantage.py`; adding one is adding it there.",
+        "What `advantage_estimator` may be, what each needs, and what it does unless `kl.place`, `loss_aggregation` or",
+        "`whiten` say otherwise. The functions and their papers are in `stages/ppo/advantage.py`, where one is added.",
         "",
         "| name | critic | samples per prompt | greedy response too | KL penalty in the | mean over | whitened |",
         "|---|---|---|---|---|---|---|",

@@ -5,6 +5,7 @@ python trl_ppo.py SETTINGS.json SEED FOLDER     # with the folder that holds TRL
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -103,6 +104,7 @@ def main(settings: dict[str, Any], seed: int, folder: Path) -> None:
         callbacks=[recorder],
     )
     recorder.policy = trainer.policy_model
+    gc.freeze()  # TRL collects garbage twice a step; without the libraries' objects that is a fifth of its time less
     began = time.monotonic()
     trainer.train()
     facts = {"trl": trl.__version__, "training_seconds": time.monotonic() - began}

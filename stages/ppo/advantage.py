@@ -53,7 +53,7 @@ def grpo(rewards: Tensor, mask: Tensor, samples: int, std: bool) -> Tensor:
 def rloo(rewards: Tensor, mask: Tensor, samples: int) -> Tensor:
     """A response's total reward less the mean of the other responses to its prompt; on every token.
 
-    Ahmadian et al. 2024, arXiv 2402.14740, equation 7.
+    Ahmadian et al. 2024, arXiv 2402.14740.
     """
     groups = _totals(rewards, mask, samples)
     others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)
@@ -71,7 +71,7 @@ def reinforce_pp(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 def remax(rewards: Tensor, mask: Tensor, baseline: Tensor, gamma: float) -> Tensor:
     """The discounted sum of the rewards from each token on, less the score `baseline` [B] of the greedy response.
 
-    ReMax: Li et al. 2023, arXiv 2310.10505, equation 5. The baseline is a score alone, without a KL penalty.
+    ReMax: Li et al. 2023, arXiv 2310.10505. The baseline is a score alone, without a KL penalty.
     """
     return (_discounted(rewards * mask, mask, gamma) - baseline.unsqueeze(1)) * mask
 

@@ -148,5 +148,8 @@ def kl_place(block: Ppo) -> str:
 
 
 def kl_estimator(block: Ppo) -> str:
-    """The recipe's estimator, else k1 in the reward and k3, which has the right gradient, in the loss."""
+    """The recipe's estimator, else k1 in the reward and k3 in the loss, as GRPO has it.
+
+    The gradient of k1 there is zero in the mean; that of k3 is, on policy, the gradient of KL(reference || policy).
+    """
     return block.kl.estimator or ("k1" if kl_place(block) == "reward" else "k3")

@@ -104,6 +104,7 @@ class Updater:
             block.sampling.temperature,
             learn_entropy=block.entropy_coef > 0,
         )
+        logprobs = logprobs * rows.mask  # past a response they are of padding, and may be too small for an exponential
         weights = token_weights(rows.mask, rows.lengths, self.size, tokens, self.aggregation)
         policy, policy_clipped = policy_loss(logprobs, rows.logprobs, rows.advantages, block.clip, block.dual_clip)
         total = (policy * weights).sum()

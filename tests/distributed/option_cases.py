@@ -41,11 +41,11 @@ def update_facts(recipe: str, run_dir: str, overrides: list[str], steps: int = 1
     after = _weights(loop)
     moved = {
         role: max((float((after[n] - before[n]).abs().max()) for n in before if role in n), default=None)
-        for role in (".policy.", "critic")
+        for role in (".policy.weight", "critic")
     }
     return {
         "metrics": rows,
-        "policy": moved[".policy."],
+        "policy": moved[".policy.weight"],
         "critic": moved["critic"],
         "roles": sorted(loop.engine.module.roles),
         "groups": [g["name"] for g in loop.engine.optimizer.param_groups],
@@ -74,12 +74,11 @@ def _masters(loop: Any) -> dict[str, torch.Tensor]:
     """The policy's float32 masters by the names that its trunk knows them by."""
     from tests.distributed.cases import _master
 
-    found = {}
+    weights, found = _weights(loop), {}
     for name, parameter in loop.engine.module.named_parameters():
-        if parameter.requires_grad and ".policy." in name.removeprefix("trunks.policy."):
-            value = _master(loop, parameter)[0] if parameter.dtype != torch.float32 else None
-            if value is None:
-                value = _weights(loop)[name]
+        if name in weights and ".policy." in name.removeprefix("trunks.policy."):
+            beside = hasattr(loop.engine.optimizer, "fp32_groups")
+            value = _master(loop, parameter)[0] if beside else weights[name]
             found[name.removeprefix("trunks.policy.")] = value.float().cpu()
     return found
 
@@ -126,6 +125,7 @@ def invariant_gradients(recipe: str, run_dir: str, overrides: list[str], example
 
     loop, batch = _collected(recipe, run_dir, overrides)
     module, size = loop.engine.module, len(batch.lengths)
+    loop.update.engine = module  # the roles alone: DeepSpeed wants every backward pass to be its own
     tokens = float(batch.mask.sum())
     names = [n for n, p in module.named_parameters() if p.requires_grad]
 
@@ -154,7 +154,7 @@ def invariant_gradients(recipe: str, run_dir: str, overrides: list[str], example
     def check(rows: list[int], cuts: list[int], padding: int) -> None:
         found = gradient(rows, cuts, padding)
         seen[0] += 1
-        for role in (".policy.", "critic"):
+        for role in (".policy.weight", "critic"):
             ours, theirs = (
                 torch.cat([g[n].flatten() for n in names if role in n] or [torch.zeros(1)]) for g in (found, plain)
             )
@@ -162,7 +162,9 @@ def invariant_gradients(recipe: str, run_dir: str, overrides: list[str], example
                 worst[0] = max(worst[0], float((ours - theirs).norm() / theirs.norm()))
 
     check()
-    sizes = {role: float(sum(plain[n].pow(2).sum() for n in names if role in n)) for role in (".policy.", "critic")}
+    sizes = {
+        role: float(sum(plain[n].pow(2).sum() for n in names if role in n)) for role in (".policy.weight", "critic")
+    }
     return {"worst": worst[0], "examples": seen[0], "sizes": sizes}
 
 

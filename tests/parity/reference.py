@@ -80,19 +80,19 @@ def reward_to_go(rewards: Row, gamma: float) -> Row:
 
 
 def remax(rewards: Row, baseline: float, gamma: float) -> Row:
-    """Reward-to-go less the greedy response's score. Li et al. 2023, arXiv 2310.10505, equation 5 (there gamma = 1)."""
+    """Reward-to-go less the greedy response's score. Li et al. 2023, arXiv 2310.10505 (there gamma = 1)."""
     return np.array([g - baseline for g in reward_to_go(rewards, gamma)])
 
 
 def rloo(totals: Row) -> Row:
-    """R_i - 1/(k-1) sum over j != i of R_j: Ahmadian et al. 2024, arXiv 2402.14740, equation 7. One group."""
+    """R_i - 1/(k-1) sum over j != i of R_j: Ahmadian et al. 2024, arXiv 2402.14740. One group."""
     k = len(totals)
     return np.array([totals[i] - sum(totals[j] for j in range(k) if j != i) / (k - 1) for i in range(k)])
 
 
 def grpo(totals: Row, std: bool) -> Row:
     """(r_i - mean) / (std + 1e-4): Shao et al. 2024, arXiv 2402.03300, section 4.1.2, as in TRL 1.16 (grpo_trainer.py):
-    sample deviation, k - 1 below. Without std: Dr. GRPO, arXiv 2503.20783, section 3.2. One group."""
+    sample deviation, k - 1 below. Without std: Dr. GRPO, arXiv 2503.20783. One group."""
     k = len(totals)
     mean = sum(totals) / k
     deviation = math.sqrt(sum((r - mean) ** 2 for r in totals) / (k - 1)) + 1e-4
@@ -143,7 +143,7 @@ def value_loss(new: float, old: float, target: float, eps: float | None) -> floa
 
 
 def token_mean(rows: list[Row]) -> float:
-    """Every token counts the same: the sum over all tokens over their number (DAPO, arXiv 2503.14476, equation 8)."""
+    """Every token counts the same: the sum over all tokens over their number (DAPO's token-level loss, arXiv 2503.14476)."""
     return float(sum(x for row in rows for x in row) / sum(len(row) for row in rows))
 
 

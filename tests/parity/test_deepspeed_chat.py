@@ -92,7 +92,7 @@ def chat(read_golden: Callable[[str], dict[str, Any]]) -> Chat:
 
 
 def same(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-6, atol=1e-6)
 
 
 def differs(found: Tensor, expected: Tensor) -> list[bool]:

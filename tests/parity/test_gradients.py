@@ -145,9 +145,9 @@ def test_k3_gradient(difference: float) -> None:
     assert float(new.grad) == pytest.approx(1.0 - math.exp(difference), abs=1e-6)
 
 
-def test_k3_gradient_is_the_divergences() -> None:
-    """Over a vocabulary: sampled from p, the mean gradient of k3 in the loss is not that of KL(p || q) (GRPO's choice all
-    the same), but that of KL(q || p), here with respect to log p at each token: sum of p (1 - q / p) d = sum of (p - q) d."""
+def test_k3_in_the_loss_pulls_as_the_forward_kl() -> None:
+    """k3 has the mean KL(p || q), yet its gradient, averaged over tokens from p, is that of KL(q || p): the mean of
+    (1 - q / p) grad log p is -sum of q grad log p (arXiv 2510.01555). GRPO's choice all the same, and so Relay's."""
     generator = np.random.default_rng(0)
     p, q = generator.dirichlet(np.ones(20), 2)
     logits = leaf(np.log(p))
@@ -155,7 +155,7 @@ def test_k3_gradient_is_the_divergences() -> None:
     (tensor(p) * estimate(log_p, tensor(np.log(q)), "k3")).sum().backward()
 
     def forward_kl(x: NDArray[np.float64]) -> float:
-        return -sum(w * reference.log_prob(x, i, 1.0) for i, w in enumerate(q))
+        return sum(w * (math.log(w) - reference.log_prob(x, i, 1.0)) for i, w in enumerate(q))
 
     close(logits.grad, reference.slope(forward_kl, np.log(p)))
 
