@@ -24,10 +24,11 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Rewards:
-    """`sources` as the recipe lists them; `texts` are those that read text, in the same order (None for reward stages);
-    `roles` names the role of each reward stage."""
+    """`sources` as the recipe lists them and their `names`, each unique; `texts` are those that read text, in the same order
+    (None for reward stages); `roles` names the role of each reward stage."""
 
     sources: list[RewardSource]
+    names: list[str]
     texts: list[Source | None]
     roles: dict[str, str]
     encoder: Encoder
@@ -35,7 +36,12 @@ class Rewards:
     @classmethod
     def of(cls, sources: list[RewardSource], roles: dict[str, str], encoder: Encoder, where: str) -> Rewards:
         texts = [None if isinstance(source, StageReward) else build(source, where) for source in sources]
-        return cls(sources, texts, roles, encoder)
+        names: list[str] = []
+        for source, text in zip(sources, texts, strict=True):
+            name = "+".join(source.stage) if isinstance(source, StageReward) else text.name if text else ""
+            used = sum(n == name or n.startswith(f"{name}#") for n in names)
+            names.append(f"{name}#{used + 1}" if used else name)
+        return cls(sources, names, texts, roles, encoder)
 
     def __call__(
         self, engine: Any, rollout: Rollout, rows: list[dict[str, Any]], micro_batch: int
@@ -44,24 +50,23 @@ class Rewards:
         of its prompts. Collective. Raises Trouble, or Skipped, on every rank when a source fails on any."""
         texts = self._texts(rollout)
         parts: dict[str, Tensor] = {}
-        problem: tuple[str, bool] | None = None
+        problems: list[tuple[bool, str]] = []
         total = torch.zeros(len(rollout.lengths), device=rollout.lengths.device)
-        for source, text in zip(self.sources, self.texts, strict=True):
+        for source, name, text in zip(self.sources, self.names, self.texts, strict=True):
             if isinstance(source, StageReward):
-                name, scores = "+".join(source.stage), self._models(engine, rollout, source, micro_batch)
+                scores = self._models(engine, rollout, source, micro_batch)
             else:
                 assert text is not None
-                name = text.name
                 try:
                     given = checked(text, *texts, rows)
                 except SourceError as error:
                     skip = isinstance(error, SourceUnavailable) and getattr(source, "on_failure", "stop") == "skip"
-                    problem = problem or (str(error), skip)
+                    problems.append((skip, str(error)))
                     given = [0.0] * len(total)
                 scores = torch.tensor(given, dtype=torch.float32, device=total.device)
-            parts[name] = parts[name] + scores if name in parts else scores
+            parts[name] = scores
             total = total + source.weight * scores
-        self._agree(problem)
+        _agree(problems)
         return total, parts
 
     def _models(self, engine: Any, rollout: Rollout, source: StageReward, micro_batch: int) -> Tensor:
@@ -85,12 +90,14 @@ class Rewards:
         prompts = [self.encoder.text(rollout.tokens[r, : int(rollout.prompt_lengths[r])].tolist()) for r in rows]
         return prompts, [self.encoder.text(rollout.response(r)) for r in rows]
 
-    @staticmethod
-    def _agree(problem: tuple[str, bool] | None) -> None:
-        """Raise on every rank what any rank met; a failure that stops goes before one that skips."""
-        met: list[tuple[str, bool] | None] = [problem]
-        if dist.get_world_size() > 1:
-            met = [None] * dist.get_world_size()
-            dist.all_gather_object(met, problem)
-        for message, skip in sorted((m for m in met if m), key=lambda m: m[1]):
-            raise Skipped(message) if skip else Trouble(message)
+
+def _agree(problems: list[tuple[bool, str]]) -> None:
+    """Raise on every rank what any rank met, as (may be skipped, message); a failure that stops goes before one that skips."""
+    met = [problems]
+    if dist.get_world_size() > 1:
+        met = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(met, problems)
+    found = sorted((problem for part in met for problem in part), key=lambda problem: problem[0])
+    if found:
+        skip, message = found[0]
+        raise Skipped(message) if skip else Trouble(message)

@@ -96,13 +96,15 @@ class Loop:
             self.step = step + 1
             spent = sum(clock.seconds.values())
             metrics |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
+            raised: list[Raised] = []
             if "objective/kl" in metrics:
                 self.kl.update(metrics["objective/kl"], block.rollout_batch)
                 metrics["tokens_per_second"] = float(batch.mask.sum()) / max(spent, 1e-9)
-                self.heed(self.watch.step(metrics))
+                raised = self.watch.step(metrics)
                 if step % block.sample_every == 0:
                     tracker.samples(self.step, table(batch, self.encoder))
             tracker.log(self.step, metrics | self.watch.metrics())
+            self.heed(raised)
             if self.boundary(tracker):
                 break
 
@@ -117,17 +119,20 @@ class Loop:
             if ESTIMATORS[block.advantage_estimator].greedy:
                 greedy = self.sample(prompts, step, block.samples_per_prompt, greedy=True)
         with clock.phase("score"):
-            scores, parts = self.rewards(self.engine, rollout, rows, self.micro)
             baseline = None
-            if greedy is not None:
-                baseline = (self.rewards(self.engine, greedy, rows, self.micro)[0], greedy.lengths, greedy.ended)
+            try:
+                scores, parts = self.rewards(self.engine, rollout, rows, self.micro)
+                if greedy is not None:
+                    baseline = (self.rewards(self.engine, greedy, rows, self.micro)[0], greedy.lengths, greedy.ended)
+            except Trouble as trouble:
+                self.fail({n: engine.gather_rows(t) for n, t in vars(rollout).items()}, step, str(trouble))
             logprobs, reference, values, entropy = judge(self.engine, rollout, block.sampling.temperature, self.micro)
             if check:
                 self.canary(rollout, logprobs)
             judged = Judged(rollout, logprobs, reference, values, entropy, scores, parts, baseline)
             batch = experience(judged, block, self.kl.coef, self.running)
             if bad := batch.not_finite():
-                self.fail(batch, step, f"{bad[0]} of response {bad[1]} are not finite")
+                self.fail(batch.tensors(), step, f"{bad[0]} of response {bad[1]} are not finite")
         return batch
 
     def learn(self, batch: Experience, step: int) -> dict[str, float]:
@@ -136,7 +141,7 @@ class Loop:
         try:
             stats = self.update(batch, step, coef)
         except Trouble as trouble:
-            self.fail(batch, step, str(trouble))
+            self.fail(batch.tensors(), step, str(trouble))
         if self.ema is not None and step >= self.block.freezing_actor_steps:
             self.ema.update()
         return {**describe(batch, coef, critic=self.update.critic), **stats}
@@ -238,19 +243,17 @@ class Loop:
         if self.context.is_main:
             print(f"{self.context.stage}  step {self.step}  {message}", file=sys.stderr, flush=True)
 
-    def fail(self, batch: Experience | None, step: int, reason: str) -> NoReturn:
-        """Save the batch for inspection and raise Trouble. Every rank calls it with the same reason."""
-        where = f"stage {self.context.stage}, step {step + 1}: {reason}"
+    def fail(self, batch: dict[str, Tensor] | None, step: int, reason: str) -> NoReturn:
+        """Save the batch, by field, for inspection and raise Trouble. Every rank calls it with the same reason."""
+        lines = [f"stage {self.context.stage}, step {step + 1}: {reason}"]
         if batch is not None:
             file = self.context.dir / "trouble" / f"step-{step + 1}.pt"
-            where += f"\n  the batch is saved for inspection: {file}"
+            lines.append(f"  the batch is saved for inspection: {file}")
             if self.context.is_main:
                 file.parent.mkdir(exist_ok=True)
-                kept = {name: value.cpu() for name, value in batch.tensors().items()}
-                torch.save(kept | {f"parts/{name}": value.cpu() for name, value in batch.parts.items()}, file)
-        raise Trouble(
-            f"{where}\n  the last complete checkpoint is kept; mend the recipe and run the same command again"
-        )
+                torch.save({name: value.cpu() for name, value in batch.items()}, file)
+        lines.append("  the last complete checkpoint is kept; mend the cause and run the same command again")
+        raise Trouble("\n".join(lines))
 
     def save(self) -> None:
         state = {

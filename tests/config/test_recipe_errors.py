@@ -134,6 +134,83 @@ CASES: dict[str, Case] = {
         "stages.ppo.rollout_batch",
         ["64 responses", "3 minibatches", "a multiple of 3"],
     ),
+    "misspelt estimator": (
+        {"stages.ppo.advantage_estimator": "gaee"},
+        "stages.ppo.advantage_estimator",
+        ["found 'gaee'", "gae, grpo, rloo, reinforce_pp, remax", "write `gae`"],
+    ),
+    "estimator that compares one response with itself": (
+        {"stages.ppo.advantage_estimator": "rloo"},
+        "stages.ppo.samples_per_prompt",
+        ["found 1", "at least 2"],
+    ),
+    "samples that do not divide the rollout": (
+        {"stages.ppo.samples_per_prompt": 3},
+        "stages.ppo.rollout_batch",
+        ["64 responses are not 3 for each prompt", "a multiple of 3"],
+    ),
+    "penalty that would hold nothing": (
+        {"stages.ppo.kl": {"place": "loss", "estimator": "k1"}},
+        "stages.ppo.kl.estimator",
+        ["gradient of mean zero", "k3"],
+    ),
+    "critic from a reward model that is not there": (
+        {"stages.ppo.reward": [{"function": "a.b:c"}]},
+        "stages.ppo.critic.init",
+        ["no reward stage", "write `init: policy`"],
+    ),
+    "copied head and normalised scores": (
+        {"stages.ppo.normalize_scores": True},
+        "stages.ppo.normalize_scores",
+        ["starts as the reward model", "write `critic: {init: policy}`"],
+    ),
+    "reward source of no kind": (
+        {"stages.ppo.reward": [{"stge": "reward"}]},
+        "stages.ppo.reward.0",
+        ["one of the keys stage, function, http, verify"],
+    ),
+    "reward source of two kinds": (
+        {"stages.ppo.reward": [{"stage": "reward", "function": "a.b:c"}]},
+        "stages.ppo.reward.0",
+        ["one of the keys stage, function, http, verify"],
+    ),
+    "unknown key of a reward source": (
+        {"stages.ppo.reward": [{"stage": "reward", "wieght": 2}]},
+        "stages.ppo.reward.0.wieght",
+        ["unknown key"],
+    ),
+    "function that is not written as one": (
+        {"stages.ppo.reward": [{"function": "a.b.c"}]},
+        "stages.ppo.reward.0.function",
+        ["found 'a.b.c'", "package.module:function"],
+    ),
+    "member of an ensemble that is no reward stage": (
+        {"stages.ppo.reward": [{"stage": ["reward", "sft"]}]},
+        "stages.ppo.reward",
+        ['stage "sft" is of kind sft', "one of: reward"],
+    ),
+    "gold that is no stage": ({"stages.ppo.gold": "judge"}, "stages.ppo.gold", ['no stage named "judge"']),
+    "check without its pattern": (
+        {"stages.ppo.reward": [{"verify": "format"}]},
+        "stages.ppo.reward.0",
+        ["`pattern` belongs to `verify: format`"],
+    ),
+    "signal without what it needs": (
+        {"stages.ppo.signals": {"stop_on": ["over_optimisation"]}},
+        "stages.ppo.signals.stop_on",
+        ["gold and eval_every"],
+    ),
+    "signal without a threshold": (
+        {"stages.ppo.signals": {"stop_on": ["kl_budget"]}},
+        "stages.ppo.signals.stop_on",
+        ["kl_budget has no threshold", "set signals.kl_budget"],
+    ),
+    "average that is not kept": ({"stages.ppo.publish": "ema"}, "stages.ppo", ["publish: ema needs ema_decay"]),
+    "supervised rows that do not divide": (
+        {"stages.ppo.ptx": {"data": [{"path": "rows.jsonl"}], "batch": 7}},
+        "stages.ppo.ptx.batch",
+        ["7 rows do not divide", "a multiple of"],
+    ),
     "minibatch that does not divide over ranks": (
         {"stages.ppo.minibatches": 64},
         "stages.ppo.rollout_batch",

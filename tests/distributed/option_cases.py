@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -182,5 +181,23 @@ def _padded(part: Any, columns: int) -> Any:
     return replace(part, **changed)
 
 
-def published_rows(run_dir: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (Path(run_dir) / "ppo" / "metrics.jsonl").read_text().splitlines()]
+def stopped_and_resumed(recipe: str, run_dir: str, overrides: list[str]) -> list[str]:
+    """Run PPO with a stop request in its folder, which stops it after one step, then to the end; how each run ended."""
+    from pipeline.launch import STOP_FILE
+    from pipeline.stage import Stopped
+    from tests.support.stages import barrier, run
+
+    folder, ends = Path(run_dir) / "ppo", []
+    folder.mkdir(exist_ok=True)
+    (folder / STOP_FILE).touch()
+    barrier()
+    for _ in range(2):
+        try:
+            run(recipe, "ppo", run_dir, overrides)
+            ends.append("published")
+        except Stopped:
+            ends.append("stopped")
+        barrier()
+        (folder / STOP_FILE).unlink(missing_ok=True)
+        barrier()
+    return ends

@@ -18,7 +18,6 @@ from tests.support.session import Ranks
 
 Get = Callable[[int], Ranks]
 FUNCTION = {"function": "tests.distributed.option_cases:sevens"}
-CRITIC_FREE = ["stages.ppo.advantage_estimator=", "stages.ppo.samples_per_prompt="]
 
 
 def sets(**values: Any) -> list[str]:
@@ -103,7 +102,9 @@ def test_two_ranks_equal_one(
     assert one["tokens"] == two["tokens"]
     torch.testing.assert_close(one["advantages"], two["advantages"], rtol=0, atol=1e-5)
     assert one["change"].keys() == two["change"].keys()
-    critic = "advantage_estimator" not in options
+    critic, samples = "advantage_estimator" not in options, options.get("samples_per_prompt", 1)
+    if samples > 1:
+        assert all(len({tuple(t) for t in one["tokens"][i : i + samples]}) > 1 for i in range(0, 8, samples))
     assert any("critic" in name for name in one["change"]) == critic
     for role in [".policy.weight", *([".critic.weight"] if critic else [])]:
         ours, theirs = (
@@ -245,6 +246,44 @@ def test_the_average_is_what_is_published(ranks: Get, published: tuple[str, str]
     state = torch.load(stage / "checkpoints" / "step-2" / "engine" / "mp_rank_00_model_states.pt", weights_only=False)
     last = {n.removeprefix("trunks.policy."): w for n, w in state["module"].items()}
     assert max(float((last[name] - weights).abs().max()) for name, weights in average.items()) > 1e-4
+
+
+def test_everything_a_run_remembers_is_resumed(ranks: Get, published: tuple[str, str], tmp_path: Path) -> None:
+    """Average, running scores, KL coefficient, signals and the supervised rows' stream: stopped after one step and resumed,
+    every published file is that of an undisturbed run, and so are the metrics."""
+    options = {
+        **EVERYTHING,
+        "ema_decay": 0.9,
+        "publish": "ema",
+        "kl": {"coef": 0.1, "target": 1.0, "horizon": 100},
+        "eval_every": 1,
+        "gold": [FUNCTION],
+        "signals": {"patience": 2, "truncated_responses": 0.01},
+    }
+    runs = [tmp_path / "undisturbed", tmp_path / "resumed"]
+    for run in runs:
+        run.mkdir()
+    undisturbed = run_ppo(ranks, published, runs[0], **options)
+    for stage in ("sft", "reward", "second"):
+        (runs[1] / stage).symlink_to(Path(published[1]) / stage)
+    ends = ranks(2).call(
+        "tests.distributed.option_cases:stopped_and_resumed",
+        recipe=published[0],
+        run_dir=str(runs[1]),
+        overrides=sets(**options),
+    )
+    assert ends == [["stopped", "published"]] * 2
+    files = sorted(p.name for p in (undisturbed / "output").iterdir())
+    assert "adapter_model.safetensors" in files
+    for name in files:
+        ours, theirs = ((run / "ppo" / "output" / name).read_bytes() for run in runs)
+        assert ours == theirs, name
+    ours, theirs = (
+        [{k: v for k, v in row.items() if not k.startswith(("time", "tokens_per"))} for row in rows(run / "ppo")]
+        for run in runs
+    )
+    assert ours == theirs
+    assert theirs[-2]["signals/truncated_responses"] == 1.0, "it holds for two steps, one of them before the stop"
 
 
 def test_sources_are_weighted_and_told_apart(ranks: Get, published: tuple[str, str], tmp_path: Path) -> None:

@@ -351,3 +351,27 @@ def test_the_model_s_own_generation_wishes_do_not_count(model: Any, wish: dict[s
         model.generation_config = kept
     assert [found.response(r) for r in range(5)] == [expected.response(r) for r in range(5)]
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+
+
+def test_vocabulary_of_specials_alone() -> None:
+    """A model that knows pad and EOS and nothing else: its responses are pads, or end at once; every number is finite."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    only = LlamaForCausalLM(config).eval()
+    found = sample(only, [[1], [1, 1]] * 8, row_keys(16), Sampling(max_response_length=4), pad=0, eos=[1])
+    assert 1 in found.lengths.tolist(), "some response is EOS alone"
+    assert bool(torch.isfinite(found.logprobs).all())
+    for row in range(16):
+        *before, last = found.response(row)
+        assert set(before) <= {0}
+        assert (last == 1) == bool(found.ended[row])
+        assert found.ended[row] or found.lengths[row] == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,3 +116,40 @@ def test_rows_are_cut_to_the_longest_of_them() -> None:
     assert rows.scores.tolist() == [3.0, 1.0]
     assert rows.ended.tolist() == [True, True]
     assert rows.lengths.tolist() == [3, 2]
+
+
+def test_empty_and_endless_responses() -> None:
+    """EOS alone is a response of one token, with the score on it; without EOS all tokens count and the penalty applies."""
+    rollout = Rollout(
+        torch.tensor([[5, 1, 0, 0], [5, 6, 7, 8]]),
+        torch.tensor([1, 1]),
+        torch.tensor([1, 3]),
+        torch.zeros(2, 3),
+        torch.tensor([True, False]),
+    )
+    zeros = torch.zeros(2, 3)
+    judged = Judged(rollout, zeros, zeros, zeros, zeros, torch.tensor([2.0, 2.0]))
+    found = experience(judged, block(whiten=False, missing_eos_penalty=3.0, lam=1.0), 0.1)
+    assert found.mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert found.returns.tolist() == [[2, 0, 0], [-1, -1, -1]]
+    assert found.not_finite() is None
+
+
+def test_one_token_in_all_has_no_advantage() -> None:
+    """A batch of a single EOS: whitening has nothing to compare with, and gives zero instead of a division by zero."""
+    rollout = Rollout(
+        torch.tensor([[5, 1]]), torch.tensor([1]), torch.tensor([1]), torch.zeros(1, 1), torch.tensor([True])
+    )
+    zeros = torch.zeros(1, 1)
+    found = experience(Judged(rollout, zeros, zeros, zeros, zeros, torch.tensor([2.0])), block(), 0.1)
+    assert found.advantages.tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("name", ["logprobs", "reference", "values", "scores"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_first_bad_number_is_found(golden: SimpleNamespace, judged: Judged, name: str, value: float) -> None:
+    column = getattr(judged, name).clone()
+    column[1 if column.dim() == 1 else (1, 0)] = value
+    found = experience(replace(judged, **{name: column}), block(), 0.1)
+    assert found.not_finite() == (name, 1)
+    assert experience(judged, block(), 0.1).not_finite() is None
