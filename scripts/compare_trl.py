@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,16 @@ QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.3
 SETTINGS: dict[str, Any] = {
     "reward": "story_reward:cheerful",
     "steps": 40,
-    "batch": 64,
+    "batch": 128,
     "minibatches": 1,
-    "epochs": 4,
+    "epochs": 2,
     "prompt_tokens": 16,
     "response_tokens": 48,
     "temperature": 1.0,
     "lr": 1e-3,
+    "lr_schedule": "linear",
     "betas": [0.9, 0.999],
-    "kl_coef": 0.05,
+    "kl_coef": 0.1,
     "clip": 0.2,
     "value_clip": 0.2,
     "vf_coef": 0.1,
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/compare_trl"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/compare_trl.md"))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="one side alone writes no page")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="another value of a setting")
     arguments = parser.parse_args()
     began = time.monotonic()
@@ -81,15 +84,17 @@ def main() -> None:
     if "trl" in arguments.sides:
         install(work / "trl-1.12")
     train = {"relay": train_relay, "trl": train_trl}
-    seconds = {
-        (side, seed): once(work, f"{side}-{seed}", lambda f, side=side, seed=seed: train[side](work, settings, seed, f))
-        for seed in arguments.seeds
-        for side in arguments.sides
-    }
-    found = measure(work, settings, list(seconds))
+    runs = [(side, seed) for seed in arguments.seeds for side in arguments.sides]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        spent = pool.map(lambda run: once(work, settings, *run, train[run[0]]), runs)
+        seconds = dict(zip(runs, spent, strict=True))
+        measured = list(pool.map(lambda side: measure(work, settings, side, arguments.seeds), arguments.sides))
     if set(arguments.sides) != set(SIDES):
         return
-    text = page(settings, arguments.seeds, arguments.set, found, seconds, time.monotonic() - began)
+    if measured[0]["base"] != measured[1]["base"]:
+        raise SystemExit("the base does not measure the same for both sides")
+    found = measured[0] | measured[1]
+    text = page(settings, arguments.seeds, arguments.set, arguments.jobs, found, seconds, time.monotonic() - began)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")
     print(text)
@@ -155,7 +160,7 @@ def recipe(settings: dict[str, Any]) -> dict[str, Any]:
         "minibatches": settings["minibatches"],
         "epochs": settings["epochs"],
         "lr": settings["lr"],
-        "lr_schedule": "constant",
+        "lr_schedule": settings["lr_schedule"],
         "warmup": 0,
         "betas": settings["betas"],
         "max_grad_norm": 0.0,
@@ -193,60 +198,58 @@ def install(folder: Path) -> None:
         subprocess.run(pip, check=True)
 
 
-def once(work: Path, name: str, run: Any) -> float:
-    """Wall seconds of `run(folder)`, or those noted when it was run before; what an unfinished run left is removed."""
-    folder, note = work / name, work / name / "seconds.json"
+def once(work: Path, settings: dict[str, Any], side: str, seed: int, train: Any) -> float:
+    """Wall seconds of a run, or those noted when it was made before; what an unfinished run left is removed."""
+    folder = work / f"{side}-{seed}"
+    note = folder / "seconds.json"
     if not note.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         began = time.monotonic()
-        run(folder)
+        train(work, seed, folder)
         note.write_text(json.dumps(round(time.monotonic() - began, 1)), encoding="utf-8")
     seconds = float(json.loads(note.read_text(encoding="utf-8")))
-    print(f"{name}  {seconds:.0f} s", flush=True)
+    print(f"{side}, seed {seed}: {seconds:.0f} s", flush=True)
     return seconds
 
 
-def train_relay(work: Path, settings: dict[str, Any], seed: int, folder: Path) -> None:
+def train_relay(work: Path, seed: int, folder: Path) -> None:
     relay = str(Path(sys.executable).parent / "relay")
-    call(
-        [relay, "run", str(work / "relay.yaml"), "--run-dir", str(folder / "run"), "--set", f"seed={seed}"], folder, []
-    )
+    command = [relay, "run", str(work / "relay.yaml"), "--run-dir", str(folder / "run"), "--set", f"seed={seed}"]
+    call(command, folder / "log", [])
 
 
-def train_trl(work: Path, settings: dict[str, Any], seed: int, folder: Path) -> None:
+def train_trl(work: Path, seed: int, folder: Path) -> None:
     program = [sys.executable, str(PARTS / "trl_ppo.py"), str(work / "settings.json"), str(seed), str(folder)]
-    call(program, folder, [work / "trl-1.12"])
+    call(program, folder / "log", [work / "trl-1.12"])
 
 
-def call(command: list[str], folder: Path, first: list[Path]) -> None:
-    """Run a program on one core, the rule importable, its output in `folder`/log."""
+def call(command: list[str], log: Path, first: list[Path]) -> None:
+    """Run a program on one core, the rule importable, its output in `log`."""
     paths = [*map(str, first), str(PARTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     env |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    with (folder / "log").open("w", encoding="utf-8") as log:
-        code = subprocess.run(command, cwd=ROOT, env=os.environ | env, stdout=log, stderr=log).returncode
+    with log.open("w", encoding="utf-8") as stream:
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | env, stdout=stream, stderr=stream).returncode
     if code:
-        tail = (folder / "log").read_text(encoding="utf-8").splitlines()[-30:]
-        raise SystemExit("\n".join([*tail, f"{' '.join(command)}: exit code {code}, see {folder / 'log'}"]))
+        tail = log.read_text(encoding="utf-8").splitlines()[-30:]
+        raise SystemExit("\n".join([*tail, f"{' '.join(command)}: exit code {code}, see {log}"]))
 
 
-def measure(work: Path, settings: dict[str, Any], runs: list[tuple[str, int]]) -> dict[str, dict[str, Any]]:
-    """Every snapshot's reward and KL, by one program that does not know which side a snapshot is from."""
+def measure(work: Path, settings: dict[str, Any], side: str, seeds: list[int]) -> dict[str, dict[str, Any]]:
+    """Reward and KL of the base and of a side's snapshots, by one program that does not know which side it measures."""
     named = []
-    for side, seed in runs:
+    for seed in seeds:
+        run = work / f"{side}-{seed}"
         for step in settings["snapshots"]:
             inner = Path("run", "ppo", "checkpoints") if side == "relay" else Path()
-            named.append(f"{side}-{seed}-{step}={work / f'{side}-{seed}' / inner / f'step-{step}'}")
-        if side == "relay":  # what was published, to show that it is the last snapshot
-            named.append(f"{side}-{seed}-published={work / f'{side}-{seed}' / 'run' / 'ppo' / 'output'}")
-    out = work / "measured.json"
-    call([sys.executable, str(PARTS / "measure.py"), str(work / "settings.json"), str(out), *named], work, [])
+            named.append(f"{side}-{seed}-{step}={run / inner / f'step-{step}'}")
+        if side == "relay":  # what was published must be the last snapshot
+            named[-1] += f"={run / 'run' / 'ppo' / 'output'}"
+    out = work / f"measured-{side}.json"
+    program = [sys.executable, str(PARTS / "measure.py"), str(work / "settings.json"), str(out), *named]
+    call(program, work / f"measured-{side}.log", [])
     found: dict[str, dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
-    for side, seed in runs:
-        last = f"{side}-{seed}-{settings['steps']}"
-        if side == "relay" and found[last] != found[f"{side}-{seed}-published"]:
-            raise SystemExit(f"{last} and the published policy measure differently")
     return found
 
 
@@ -280,6 +283,7 @@ def page(
     settings: dict[str, Any],
     seeds: list[int],
     overrides: list[str],
+    jobs: int,
     found: dict[str, dict[str, Any]],
     seconds: dict[tuple[str, int], float],
     elapsed: float,
@@ -295,7 +299,7 @@ def page(
         "",
         f"`RELAY_TEST_DATA=... python scripts/compare_trl.py{sets}`, Python {platform.python_version()}, {libraries}, {TRL} in "
         f"a directory of its own, on {platform.machine()} ({os.cpu_count()} cores), one process and one thread per run, "
-        f"{elapsed / 60:.0f} min in all. Commit {commit()}.",
+        f"{jobs} runs at a time, {elapsed / 60:.0f} min in all. Commit {commit()}.",
         "",
         "Base: `stories260K`. Reward: different cheerful words in the reply less different gloomy ones, -6 to 6 "
         f"([the rule](../../scripts/compare_trl/story_reward.py)). The base scores {base['reward']:.3f} with a standard "

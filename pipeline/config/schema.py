@@ -341,7 +341,7 @@ class Signals(Block):
     - truncated_responses: share of responses without EOS
     """
 
-    patience: Positive = 3
+    patience: Positive = 10
     over_optimisation: NonNegative | None = 0.1
     length_drift: Annotated[float, Field(gt=1.0)] | None = 2.0
     kl_budget: Annotated[float, Field(gt=0.0)] | None = None

@@ -1,6 +1,8 @@
 """Reward and KL of policies, by one piece of code for both sides: Hugging Face sampling on held-out prompts.
 
-python measure.py SETTINGS.json OUT.json NAME=SNAPSHOT ...     # SNAPSHOT: a PEFT adapter or a Relay checkpoint
+python measure.py SETTINGS.json OUT.json NAME=SNAPSHOT[=SAME] ...
+
+SNAPSHOT is a PEFT adapter or a Relay training checkpoint; SAME is a folder that must hold the same weights.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ ROWS = 256
 """Replies sampled at once."""
 
 
-def main(settings: dict[str, Any], out: Path, snapshots: dict[str, Path]) -> None:
+def main(settings: dict[str, Any], out: Path, arguments: list[str]) -> None:
     """Measure the base, a fresh adapter (which must equal it) and every snapshot that `out` does not hold yet."""
     found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     policy = Policy.load(settings)
@@ -31,13 +33,20 @@ def main(settings: dict[str, Any], out: Path, snapshots: dict[str, Path]) -> Non
         with policy.model.disable_adapter():
             if policy.measure() != found["base"]:
                 raise RuntimeError("a fresh adapter does not measure as the base does")
-    for name, folder in snapshots.items():
+    for name, snapshot, *same in (argument.split("=") for argument in arguments):
+        adapter = weights(Path(snapshot))
+        for other in same:
+            if not equal(adapter, weights(Path(other))):
+                raise RuntimeError(f"{snapshot} and {other} do not hold the same adapter")
         if name not in found:
-            policy.put(weights(folder))
+            policy.put(adapter)
             found[name] = policy.measure()
             print(f"{name}  reward {found[name]['reward']:.3f}  kl {found[name]['kl']:.2f}", flush=True)
-            out.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -142,8 +151,4 @@ class Policy:
 
 
 if __name__ == "__main__":
-    main(
-        json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")),
-        Path(sys.argv[2]),
-        {name: Path(folder) for name, _, folder in (argument.partition("=") for argument in sys.argv[3:])},
-    )
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]), sys.argv[3:])

@@ -127,7 +127,7 @@ def config(settings: dict[str, Any], seed: int, folder: Path) -> PPOConfig:
         temperature=settings["temperature"],
         stop_token="eos",
         learning_rate=settings["lr"],
-        lr_scheduler_type="constant",
+        lr_scheduler_type=settings["lr_schedule"],
         adam_beta1=settings["betas"][0],
         adam_beta2=settings["betas"][1],
         weight_decay=0.0,

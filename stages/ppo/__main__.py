@@ -68,7 +68,8 @@ def ppo(context: Context) -> None:
             )
         loop.resume(best)
     metrics = loop.evaluate() if loop.held_out else {}
-    metrics |= {f"signals/{name}": float(steps) for name, steps in loop.watch.held.items() if steps}
+    patience = block.signals.patience
+    metrics |= {f"signals/{name}, steps": float(n) for name, n in loop.watch.held.items() if n >= patience}
     metrics |= {"skipped_batches": float(loop.skipped)} if loop.skipped else {}
 
     base = begin.base_record(setup.base)

@@ -118,7 +118,7 @@ def test_several_at_once_and_defaults() -> None:
         "val/identical_responses": 1.0,
         "val/truncated_responses": 1.0,
     }
-    found = Watch(Signals())
+    found = Watch(Signals(patience=3))
     raised = [names(found.step(metrics)) for metrics in (healthy, sick, sick, sick, sick)]
     expected = {*get_args(SignalName)} - {"over_optimisation", "kl_budget"}
     assert [set(r) for r in raised] == [set(), set(), set(), expected, set()]
