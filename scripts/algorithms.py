@@ -74,8 +74,8 @@ def page(names: list[str], seeds: list[int], curves: dict[tuple[str, int], list[
         f"({platform.machine()}), Python {platform.python_version()}, {versions}.",
         "",
         "The quickstart's PPO stage with another `advantage_estimator` and nothing else changed (64 responses per step;",
-        "four to a prompt for those that compare them). Each cell is KL to the reference in nats per response / mean score of the",
-        "reward model / mean score by the rule (0 to 3), on the held-out prompts, sampled with the same noise. Higher is",
+        "four to a prompt for those that compare them). Each cell is KL to the reference in nats per response / mean score of",
+        "the reward model / mean score by the rule (0 to 3), on the held-out prompts, sampled with the same noise. Higher is",
         "better for the last two; only the score was trained on.",
     ]
     for name in names:
