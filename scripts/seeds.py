@@ -7,6 +7,7 @@ RELAY_TEST_DATA=... python scripts/seeds.py tests/recipes/polite_stories260k.yam
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -27,6 +28,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--note", default="", help="a paragraph for the page")
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument(
+        "--largest",
+        nargs="*",
+        default=[],
+        metavar="STAGE:METRIC",
+        help="logged metrics whose largest value is shown too",
+    )
     arguments = parser.parse_args()
     recipe = load(arguments.recipe, arguments.set)
     columns: dict[int, dict[str, float]] = {}
@@ -37,7 +45,11 @@ def main() -> None:
             command += ["--set", override]
         began = time.monotonic()
         subprocess.run(command, check=True)
-        columns[seed] = metrics(recipe.order(), folder) | {"seconds, all stages": time.monotonic() - began}
+        columns[seed] = metrics(recipe.order(), folder) | {
+            f"{name.replace(':', ': ', 1)}, largest of all steps": largest(folder, *name.split(":", 1))
+            for name in arguments.largest
+        }
+        columns[seed]["seconds, all stages"] = time.monotonic() - began
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(
         page(arguments.recipe, recipe.name, arguments.note, arguments.set, columns), encoding="utf-8"
@@ -52,6 +64,11 @@ def metrics(stages: list[str], folder: Path) -> dict[str, float]:
         for name, value in handoff.open_baton(folder / stage).manifest["metrics"].items():
             found[f"{stage}: {name}"] = value
     return found
+
+
+def largest(folder: Path, stage: str, metric: str) -> float:
+    lines = (folder / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return max(row[metric] for row in map(json.loads, lines) if metric in row)
 
 
 def page(recipe: str, name: str, note: str, overrides: list[str], columns: dict[int, dict[str, float]]) -> str:
