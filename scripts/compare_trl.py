@@ -30,26 +30,31 @@ import yaml
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PARTS = HERE / "compare_trl"
-TRL = "trl==1.12.0"
+TRL, TRL_FOLDER = "trl==1.12.0", "trl-1.12"
 SIDES = ("relay", "trl")
 MARGIN = -0.1
 """Where the lower end of the interval must stay above, in standard deviations of the base's reward."""
 QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, 97.5 %, by degrees of freedom."""
 
-# Where TRL's PPOConfig has a default that fits, it is TRL's: epochs, minibatches, KL coefficient, clip ranges, vf_coef,
-# gamma, lambda, betas, no warm-up, no weight decay, no gradient clipping.
+SCALES = (0.5, 0.7, 0.85, 1.0)
+"""Shares of a final adapter at which it is measured, 0 being the base."""
+SAMPLES, SAMPLES_ALONG = 16, 4
+"""Replies per held-out prompt: of final policies and of snapshots along the training."""
+
+# TRL's defaults where they fit: minibatches, clip ranges, vf_coef, gamma, lambda, betas, and no warm-up, weight decay or
+# gradient clipping. The others were chosen on trial runs of TRL alone.
 SETTINGS: dict[str, Any] = {
     "reward": "story_reward:cheerful",
-    "steps": 40,
-    "batch": 128,
+    "steps": 48,
+    "batch": 64,
     "minibatches": 1,
     "epochs": 2,
     "prompt_tokens": 16,
     "response_tokens": 48,
     "temperature": 1.0,
     "lr": 1e-3,
-    "lr_schedule": "linear",
+    "lr_schedule": "constant",
     "betas": [0.9, 0.999],
     "kl_coef": 0.1,
     "clip": 0.2,
@@ -60,9 +65,8 @@ SETTINGS: dict[str, Any] = {
     "r": 8,
     "alpha": 16,
     "targets": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
-    "snapshot_every": 4,
+    "snapshot_every": 8,
     "held_out_prompts": 128,
-    "samples": 8,
 }
 
 
@@ -82,7 +86,7 @@ def main() -> None:
         parser.error(f"no such setting: {', '.join(sorted(unknown))}")
     settings = prepare(work, SETTINGS | changed)
     if "trl" in arguments.sides:
-        install(work / "trl-1.12")
+        install(work / TRL_FOLDER)
     train = {"relay": train_relay, "trl": train_trl}
     runs = [(side, seed) for seed in arguments.seeds for side in arguments.sides]
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -119,7 +123,7 @@ def prepare(work: Path, settings: dict[str, Any]) -> dict[str, Any]:
     settings |= {"train_prompts": len(parts["train"]), "rule": (PARTS / "story_reward.py").read_text(encoding="utf-8")}
     record, text = work / "settings.json", json.dumps(settings, indent=1)
     if work.exists() and (not record.exists() or record.read_text(encoding="utf-8") != text):
-        for stale in [*work.glob("relay-*"), *work.glob("trl-[0-9]"), *work.glob("*.json")]:
+        for stale in {*work.glob("relay-*"), *work.glob("trl-*"), *work.glob("*.json")} - {work / TRL_FOLDER}:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     work.mkdir(parents=True, exist_ok=True)
     for name, texts in parts.items():
@@ -221,7 +225,7 @@ def train_relay(work: Path, seed: int, folder: Path) -> None:
 
 def train_trl(work: Path, seed: int, folder: Path) -> None:
     program = [sys.executable, str(PARTS / "trl_ppo.py"), str(work / "settings.json"), str(seed), str(folder)]
-    call(program, folder / "log", [work / "trl-1.12"])
+    call(program, folder / "log", [work / TRL_FOLDER])
 
 
 def call(command: list[str], log: Path, first: list[Path]) -> None:
@@ -237,17 +241,23 @@ def call(command: list[str], log: Path, first: list[Path]) -> None:
 
 
 def measure(work: Path, settings: dict[str, Any], side: str, seeds: list[int]) -> dict[str, dict[str, Any]]:
-    """Reward and KL of the base and of a side's snapshots, by one program that does not know which side it measures."""
-    named = []
+    """Reward and KL of the base and of a side's policies, by one program that does not know which side it measures."""
+    plan: list[dict[str, Any]] = [{"name": "base", "folder": None, "scale": 1.0, "samples": SAMPLES}]
     for seed in seeds:
         run = work / f"{side}-{seed}"
-        for step in settings["snapshots"]:
-            inner = Path("run", "ppo", "checkpoints") if side == "relay" else Path()
-            named.append(f"{side}-{seed}-{step}={run / inner / f'step-{step}'}")
-        if side == "relay":  # what was published must be the last snapshot
-            named[-1] += f"={run / 'run' / 'ppo' / 'output'}"
-    out = work / f"measured-{side}.json"
-    program = [sys.executable, str(PARTS / "measure.py"), str(work / "settings.json"), str(out), *named]
+        places = {step: run / f"step-{step}" for step in settings["snapshots"]}
+        if side == "relay":
+            places = {step: run / "run" / "ppo" / "checkpoints" / f"step-{step}" for step in places}
+        for step, folder in places.items():
+            plan.append({"name": f"{run.name}-{step}", "folder": str(folder), "scale": 1.0, "samples": SAMPLES_ALONG})
+        final = str(places[settings["steps"]])
+        for scale in SCALES:
+            plan.append({"name": f"{run.name}-x{scale}", "folder": final, "scale": scale, "samples": SAMPLES})
+        if side == "relay":
+            plan[-1]["same"] = str(run / "run" / "ppo" / "output")  # what it published is its last checkpoint
+    written, out = work / f"plan-{side}.json", work / f"measured-{side}.json"
+    written.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    program = [sys.executable, str(PARTS / "measure.py"), str(work / "settings.json"), str(written), str(out)]
     call(program, work / f"measured-{side}.log", [])
     found: dict[str, dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
     return found
@@ -256,20 +266,19 @@ def measure(work: Path, settings: dict[str, Any], side: str, seeds: list[int]) -
 # ---- the page
 
 
-def curve(
-    settings: dict[str, Any], found: dict[str, dict[str, Any]], side: str, seed: int
-) -> list[tuple[float, float]]:
-    """(KL, reward) from the base through a run's snapshots, in the order of training."""
-    names = ["base", *(f"{side}-{seed}-{step}" for step in settings["snapshots"])]
+def front(found: dict[str, dict[str, Any]], side: str, seed: int) -> list[tuple[float, float]]:
+    """(KL, reward) of a final policy from the base to itself: its adapter at every scale."""
+    names = ["base", *(f"{side}-{seed}-x{scale}" for scale in SCALES)]
     return [(found[name]["kl"], found[name]["reward"]) for name in names]
 
 
 def reward_at(points: list[tuple[float, float]], kl: float) -> float:
-    """The reward where the run first reached `kl`, on the line between the two snapshots around it."""
+    """The reward at `kl`, between two points on a line in the root of the KL, in which such fronts are nearly straight."""
     for (low, before), (high, after) in itertools.pairwise(points):
         if low <= kl <= high:
-            return before + (after - before) * (kl - low) / (high - low)
-    raise ValueError(f"the run never reached a KL of {kl}")
+            share = (math.sqrt(kl) - math.sqrt(low)) / (math.sqrt(high) - math.sqrt(low))
+            return before + (after - before) * share
+    raise ValueError(f"the policy never reaches a KL of {kl}")
 
 
 def interval(differences: list[float]) -> tuple[float, float, float]:
@@ -288,113 +297,126 @@ def page(
     seconds: dict[tuple[str, int], float],
     elapsed: float,
 ) -> str:
-    base, last = found["base"], settings["steps"]
-    curves = {run: curve(settings, found, *run) for run in seconds}
-    reached = min(max(kl for kl, _ in points) for points in curves.values())
-    levels = {reached: "the largest KL that every run reached", reached / 2: "half of it"}
+    fronts = {run: front(found, *run) for run in seconds}
+    top = min(points[-1][0] for points in fronts.values())
+    levels = {top: "the smallest final KL of all runs", top / 2: "half of it"}
     sets = "".join(f" --set {item}" for item in overrides)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "deepspeed"))
     lines = [
         "# Relay's PPO beside TRL 1.12's",
         "",
-        f"`RELAY_TEST_DATA=... python scripts/compare_trl.py{sets}`, Python {platform.python_version()}, {libraries}, {TRL} in "
-        f"a directory of its own, on {platform.machine()} ({os.cpu_count()} cores), one process and one thread per run, "
-        f"{jobs} runs at a time, {elapsed / 60:.0f} min in all. Commit {commit()}.",
+        f"`RELAY_TEST_DATA=... python scripts/compare_trl.py{sets}`, Python {platform.python_version()}, {libraries}; "
+        f"{TRL} in a directory of its own. {platform.machine()}, {os.cpu_count()} cores, one process and one thread per "
+        f"run, {jobs} runs at a time; this call took {elapsed / 60:.0f} min. Commit {commit()}.",
         "",
         "Base: `stories260K`. Reward: different cheerful words in the reply less different gloomy ones, -6 to 6 "
-        f"([the rule](../../scripts/compare_trl/story_reward.py)). The base scores {base['reward']:.3f} with a standard "
-        f"deviation over replies of **{base['reward_sd']:.3f}**, the unit of the differences below.",
+        f"([the rule](../../scripts/compare_trl/story_reward.py)). The base's replies score {found['base']['reward']:.3f}, "
+        f"standard deviation **{found['base']['reward_sd']:.3f}**, the unit of the differences below.",
         "",
-        *verdict(settings, seeds, curves, levels, base["reward_sd"]),
-        "## Every seed",
+        *verdict(seeds, fronts, levels, found["base"]["reward_sd"]),
+        *every_seed(seeds, fronts, levels, found),
+        *along(settings, seeds, found),
+        "Wall seconds of each run, start to end, with imports, logs and snapshots:",
         "",
-        "At the end of training:",
-        "",
-        "| seed | reward, Relay | reward, TRL | KL, Relay | KL, TRL | different replies, Relay | TRL |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for seed in seeds:
-        ours, theirs = found[f"relay-{seed}-{last}"], found[f"trl-{seed}-{last}"]
-        cells = [f"{x[key]:.3f}" for key in ("reward", "kl", "different") for x in (ours, theirs)]
-        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
-    for level, words in levels.items():
-        lines += [
-            "",
-            f"At KL {level:.2f} ({words}):",
-            "",
-            "| seed | Relay | TRL | difference / sd |",
-            "|---|---|---|---|",
-        ]
-        for seed in seeds:
-            ours, theirs = (reward_at(curves[side, seed], level) for side in SIDES)
-            lines.append(f"| {seed} | {ours:.3f} | {theirs:.3f} | {(ours - theirs) / base['reward_sd']:+.3f} |")
-    lines += [
-        "",
-        "Along the training, reward (KL), the mean of the seeds:",
-        "",
-        "| step | Relay | TRL |",
+        "| seed | Relay | TRL |",
         "|---|---|---|",
+        *(f"| {seed} | {seconds['relay', seed]:.0f} | {seconds['trl', seed]:.0f} |" for seed in seeds),
+        "",
+        *explained(settings),
+        "",
+        *differing(),
     ]
-    for place, step in enumerate([0, *settings["snapshots"]]):
-        cells = []
-        for side in SIDES:
-            kl, reward = (statistics.mean(curves[side, seed][place][i] for seed in seeds) for i in (0, 1))
-            cells.append(f"{reward:.3f} ({kl:.2f})")
-        lines.append(f"| {step} | {cells[0]} | {cells[1]} |")
-    lines += ["", "Wall seconds of each run, start to end, imports, snapshots and logs included:", ""]
-    lines += ["| seed | Relay | TRL |", "|---|---|---|"]
-    lines += [f"| {seed} | {seconds['relay', seed]:.0f} | {seconds['trl', seed]:.0f} |" for seed in seeds]
-    return "\n".join([*lines, "", *explained(settings), "", *differing()]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
-def verdict(
-    settings: dict[str, Any],
-    seeds: list[int],
-    curves: dict[tuple[str, int], list[tuple[float, float]]],
-    levels: dict[float, str],
-    unit: float,
-) -> list[str]:
+Fronts = dict[tuple[str, int], list[tuple[float, float]]]
+
+
+def verdict(seeds: list[int], fronts: Fronts, levels: dict[float, str], unit: float) -> list[str]:
     """The question, answered: the interval of the difference at each level of KL."""
     lines = [
-        f"Reward at equal KL, Relay less TRL, in standard deviations; mean of {len(seeds)} seeds and its 95 % interval "
-        f"(Student's t). The lower end is to be above {MARGIN}:",
+        f"Final policies at equal KL, reward of Relay less that of TRL, in standard deviations; mean over {len(seeds)} seeds "
+        f"and its 95 % interval (Student's t). The lower end is to be above {MARGIN}:",
         "",
         "| KL | mean | 95 % interval | lower end |",
         "|---|---|---|---|",
     ]
     for level, words in levels.items():
-        by_side = {side: [reward_at(curves[side, seed], level) for seed in seeds] for side in SIDES}
-        mean, low, high = interval([(a - b) / unit for a, b in zip(by_side["relay"], by_side["trl"], strict=True)])
+        ours, theirs = ([reward_at(fronts[side, seed], level) for seed in seeds] for side in SIDES)
+        mean, low, high = interval([(a - b) / unit for a, b in zip(ours, theirs, strict=True)])
         answer = "above" if low > MARGIN else "NOT above"
         lines.append(f"| {level:.2f}, {words} | {mean:+.3f} | {low:+.3f} to {high:+.3f} | {answer} {MARGIN} |")
     return [*lines, ""]
 
 
+def every_seed(
+    seeds: list[int], fronts: Fronts, levels: dict[float, str], found: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Each seed's final policy as it is and at each level of KL."""
+    lines = [
+        "## Every seed",
+        "",
+        "At the end of training:",
+        "",
+        "| seed | reward, Relay | TRL | KL, Relay | TRL | different replies, Relay | TRL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for seed in seeds:
+        final = [found[f"{side}-{seed}-x{SCALES[-1]}"] for side in SIDES]
+        cells = [f"{values[key]:.3f}" for key in ("reward", "kl", "different") for values in final]
+        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
+    for level, words in levels.items():
+        lines += [
+            "",
+            f"At KL {level:.2f}, {words}:",
+            "",
+            "| seed | Relay | TRL | difference, sd |",
+            "|---|---|---|---|",
+        ]
+        for seed in seeds:
+            ours, theirs = (reward_at(fronts[side, seed], level) for side in SIDES)
+            difference = (ours - theirs) / found["base"]["reward_sd"]
+            lines.append(f"| {seed} | {ours:.3f} | {theirs:.3f} | {difference:+.3f} |")
+    return [*lines, ""]
+
+
+def along(settings: dict[str, Any], seeds: list[int], found: dict[str, dict[str, Any]]) -> list[str]:
+    """Every run's snapshots along the training."""
+    head = " | ".join(f"{side} {seed}" for side in ("Relay", "TRL") for seed in seeds)
+    lines = ["Along the training, reward (KL), by side and seed:", "", f"| step | {head} |"]
+    lines.append("|---|" + "---|" * (2 * len(seeds)))
+    for step in settings["snapshots"]:
+        values = [found[f"{side}-{seed}-{step}"] for side in SIDES for seed in seeds]
+        lines.append(f"| {step} | " + " | ".join(f"{v['reward']:.2f} ({v['kl']:.1f})" for v in values) + " |")
+    return [*lines, ""]
+
+
 def explained(settings: dict[str, Any]) -> list[str]:
-    shown = {
-        key: value for key, value in settings.items() if key in SETTINGS and key not in ("snapshot_every", "samples")
-    }
-    shown |= {"train_prompts": settings["train_prompts"]}
+    shown = {key: value for key, value in settings.items() if key in SETTINGS and key != "snapshot_every"}
+    shown |= {"train_prompts": settings["train_prompts"], "episodes": settings["steps"] * settings["batch"]}
+    rows = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in shown.items()}
     return [
         "## Settings, the same on both sides",
         "",
         "| setting | value |",
         "|---|---|",
-        *(
-            f"| {key} | {' '.join(map(str, value)) if isinstance(value, list) else value} |"
-            for key, value in shown.items()
-        ),
-        f"| episodes | {settings['steps'] * settings['batch']} |",
-        "| others | float32, AdamW, constant learning rate, no warm-up, decay or gradient clipping, k1 in the reward, "
-        "advantages whitened over the batch, rewards not, no EOS penalty |",
+        *(f"| {key} | {value} |" for key, value in rows.items()),
+        "| others | float32, AdamW, no warm-up, weight decay or gradient clipping, k1 in the reward, advantages whitened over "
+        "the batch, rewards not, no EOS penalty |",
         "",
-        "Settings are TRL's defaults where they fit; learning rate, batch and steps were chosen on TRL's side alone, before "
-        "Relay's was run.",
+        "Learning rate, KL coefficient, epochs, batch and steps were chosen on trial runs of TRL alone, so that its reward "
+        "rises steadily; the other settings are TRL's defaults where they fit.",
         "",
-        f"Both sides' snapshots, one every {settings['snapshot_every']} steps, are measured by one program: "
-        f"{settings['held_out_prompts']} held-out prompts, {settings['samples']} replies each, Hugging Face sampling from the "
-        "same torch seed; the KL of a reply to the base is summed over its tokens, each the KL of the whole next-token "
-        "distribution. Reward at a KL: on the line between the snapshots around the first place where the run reached it.",
+        "## How it is measured",
+        "",
+        f"One program measures both sides: {settings['held_out_prompts']} held-out prompts, {SAMPLES} replies each "
+        f"({SAMPLES_ALONG} along the training), Hugging Face sampling from the same torch seed. The KL of a reply to the base "
+        "is the sum over its tokens of the KL of the whole next-token distribution.",
+        "",
+        "Two final policies seldom have the same KL. Each is therefore measured with its adapter at "
+        f"{', '.join(map(str, SCALES))} of its size, which draws its own front of reward against KL (linear interpolation of "
+        "weights towards the base: Ramé et al. 2024, arXiv 2406.16768), and read at the KL in question. The reward where the "
+        "run first passed a KL in training says less: on three trial seeds of TRL it varied more than four times as much.",
     ]
 
 

@@ -32,6 +32,11 @@ class Rollout:
         steps = torch.arange(self.logprobs.shape[1], device=self.lengths.device)
         return (steps < self.lengths.unsqueeze(1)).float()
 
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens, prompt_lengths, lengths) of some rows, tokens cut to the longest of them."""
+        prompts, lengths = self.prompt_lengths[index], self.lengths[index]
+        return self.tokens[index, : int((prompts + lengths).max())], prompts, lengths
+
     def response(self, row: int) -> list[int]:
         start = int(self.prompt_lengths[row])
         return [int(t) for t in self.tokens[row, start : start + int(self.lengths[row])]]

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.config.schema import Sampling
 from pipeline.generation import hf
 from pipeline.generation.rollout import Rollout
+from pipeline.model.likelihood import of_logits, plain_head, token_log_probs
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Roles(nn.Module):
 
     def __init__(self, trunks: dict[str, Any], heads: dict[str, nn.Linear], roles: dict[str, Role]) -> None:
         super().__init__()
+        self.sharded = False  # set under ZeRO-3, where ranks must call the same modules equally often
         self.trunks, self.heads, self.roles = nn.ModuleDict(trunks), nn.ModuleDict(heads), roles
         self._tuners = {
             name: [m for m in trunk.modules() if isinstance(m, BaseTunerLayer)] for name, trunk in trunks.items()
@@ -99,33 +101,43 @@ class Roles(nn.Module):
         role: str,
         tokens: Tensor,
         prompt_lengths: Tensor,
+        lengths: Tensor,
         width: int,
         temperature: float,
         *,
         learn_entropy: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(log-probability of each response token, entropy at each), float32 [B, width].
-
-        The entropy has gradients only if `learn_entropy`.
+        """(log-probability of each response token, entropy at each), float32 [B, width], 0 past each response.
 
         `tokens` int64 [B, L] hold prompt and response without a gap, padded on the right; the response of row b starts at
-        `prompt_lengths[b]`. Columns past a response hold what the padding gives: mask them by length.
+        `prompt_lengths[b]` and has `lengths[b]` tokens, at most `width`. Only those go through the output head. The entropy
+        has gradients only if `learn_entropy`.
         """
-        model = self.causal_lm(role)
-        first = int(prompt_lengths.min()) - 1
-        logits = model(
-            input_ids=tokens, position_ids=_positions(tokens), use_cache=False, logits_to_keep=tokens.shape[1] - first
-        ).logits
-        index = _response_index(prompt_lengths, width, tokens.shape[1])
-        rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
-        picked = logits[rows, index - 1 - first].float() / temperature
-        normaliser = picked.logsumexp(-1)
-        chosen = picked.gather(-1, tokens.gather(1, index).unsqueeze(-1)).squeeze(-1) - normaliser
-        with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
-            # Row by row: a softmax of the whole batch would be one more copy of [B, T, vocabulary].
-            spread = torch.stack([(row.softmax(-1) * row).sum(-1) for row in picked])
-            entropy = normaliser - spread
-        return chosen, entropy
+        model, trunk = self.causal_lm(role), self.roles[role].trunk
+        steps = torch.arange(width, device=tokens.device)
+        row, step = (steps < lengths.unsqueeze(1)).nonzero(as_tuple=True)
+        column = prompt_lengths[row] + step
+        targets = tokens[row, column]
+        if plain_head(model):
+            chosen, entropy = token_log_probs(
+                model.get_output_embeddings(),
+                self._hidden(role, tokens)[row, column - 1],
+                targets,
+                temperature,
+                learn_entropy=learn_entropy,
+                recompute=self._recompute(self._tuners[trunk], self.sharded),
+                together=self.sharded,
+            )
+        else:
+            first = int(prompt_lengths.min()) - 1
+            kept = tokens.shape[1] - first
+            logits = model(
+                input_ids=tokens, position_ids=_positions(tokens), use_cache=False, logits_to_keep=kept
+            ).logits
+            picked = logits[row, column - 1 - first]
+            chosen, entropy = of_logits(picked, targets, temperature, learn_entropy=learn_entropy)
+        empty = chosen.new_zeros(len(tokens), width)
+        return empty.index_put((row, step), chosen), empty.index_put((row, step), entropy)
 
     def values(self, role: str, tokens: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
         """Value before each response token, float32 [B, width]; layout as in `log_probs`."""
@@ -157,7 +169,7 @@ class Roles(nn.Module):
         finally:
             self.train(was)
 
-    def checkpoint_activations(self, *, reentrant: bool) -> None:
+    def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass, each block under the adapter that was active in its forward pass.
 
         With the stock function a switch of adapters between forward and backward gives zero gradients without an error.
@@ -167,11 +179,11 @@ class Roles(nn.Module):
             if not trained:
                 continue
             model = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": self.sharded})
             model.enable_input_require_grads()
             for module in model.modules():
                 if hasattr(module, "_gradient_checkpointing_func"):
-                    module._gradient_checkpointing_func = self._recompute(self._tuners[name], reentrant)
+                    module._gradient_checkpointing_func = self._recompute(self._tuners[name], self.sharded)
 
     @staticmethod
     def _recompute(layers: list[BaseTunerLayer], reentrant: bool) -> Callable[..., Any]:

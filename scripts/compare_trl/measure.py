@@ -1,8 +1,9 @@
 """Reward and KL of policies, by one piece of code for both sides: Hugging Face sampling on held-out prompts.
 
-python measure.py SETTINGS.json OUT.json NAME=SNAPSHOT[=SAME] ...
+python measure.py SETTINGS.json PLAN.json OUT.json
 
-SNAPSHOT is a PEFT adapter or a Relay training checkpoint; SAME is a folder that must hold the same weights.
+The plan lists what to measure: `name`, `folder` (a PEFT adapter or a Relay training checkpoint; null for the base), `scale`
+of the adapter, `samples` per prompt and, where another folder must hold the same weights, `same`.
 """
 
 from __future__ import annotations
@@ -24,25 +25,19 @@ ROWS = 256
 """Replies sampled at once."""
 
 
-def main(settings: dict[str, Any], out: Path, arguments: list[str]) -> None:
-    """Measure the base, a fresh adapter (which must equal it) and every snapshot that `out` does not hold yet."""
+def main(settings: dict[str, Any], plan: list[dict[str, Any]], out: Path) -> None:
+    """Measure what the plan lists and `out` does not hold yet."""
     found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     policy = Policy.load(settings)
-    if "base" not in found:
-        found["base"] = policy.measure()
-        with policy.model.disable_adapter():
-            if policy.measure() != found["base"]:
-                raise RuntimeError("a fresh adapter does not measure as the base does")
-    for name, snapshot, *same in (argument.split("=") for argument in arguments):
-        adapter = weights(Path(snapshot))
-        for other in same:
-            if not equal(adapter, weights(Path(other))):
-                raise RuntimeError(f"{snapshot} and {other} do not hold the same adapter")
-        if name not in found:
-            policy.put(adapter)
-            found[name] = policy.measure()
-            print(f"{name}  reward {found[name]['reward']:.3f}  kl {found[name]['kl']:.2f}", flush=True)
-        out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    for item in plan:
+        adapter = weights(Path(item["folder"])) if item["folder"] else None
+        if "same" in item and not equal(adapter or {}, weights(Path(item["same"]))):
+            raise RuntimeError(f"{item['folder']} and {item['same']} do not hold the same adapter")
+        if item["name"] not in found:
+            policy.put(adapter or {}, item["scale"])
+            found[item["name"]] = result = policy.measure(item["samples"])
+            out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            print(f"{item['name']}  reward {result['reward']:.3f}  kl {result['kl']:.2f}", flush=True)
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -82,20 +77,25 @@ class Policy:
         prompts = [json.loads(line)["prompt"] for line in lines]
         return cls(settings, get_peft_model(model, config).eval(), tokenizer, rule, prompts)
 
-    def put(self, adapter: dict[str, Tensor]) -> None:
-        own = {name for name in self.model.state_dict() if "lora_" in name}
-        result = set_peft_model_state_dict(self.model, adapter)
-        if len(adapter) != len(own) or result.unexpected_keys:
-            raise RuntimeError(f"{len(adapter)} weights for {len(own)} of the adapter; {result.unexpected_keys[:2]}")
+    def put(self, adapter: dict[str, Tensor], scale: float) -> None:
+        """Give the policy `scale` times the difference that the adapter makes; an empty adapter makes none."""
+        own = {name: value for name, value in self.model.state_dict().items() if "lora_" in name}
+        if adapter and len(adapter) != len(own):
+            raise RuntimeError(f"{len(adapter)} weights for the {len(own)} of the adapter")
+        adapter = adapter or {name.replace(".default.", "."): value * 0 for name, value in own.items()}
+        scaled = {name: value * scale if "lora_B" in name else value for name, value in adapter.items()}
+        if set_peft_model_state_dict(self.model, scaled).unexpected_keys:
+            raise RuntimeError(f"these are not the adapter's weights: {sorted(adapter)[:2]}")
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Mean rule reward, its deviation, and the mean KL of a reply to the base in nats, over the same noise each time.
+    def measure(self, samples: int) -> dict[str, float]:
+        """Mean rule reward, its standard deviation over replies, and the mean KL of a reply to the base, in nats.
 
         `kl` sums over a reply's tokens the KL of the whole next-token distribution; `kl_sampled` sums the differences of
         the sampled tokens' log-probabilities. Both estimate the same number; the first has less noise.
+        The noise starts from the same seed each time.
         """
-        texts = [prompt for prompt in self.prompts for _ in range(self.settings["samples"])]
+        texts = [prompt for prompt in self.prompts for _ in range(samples)]
         torch.manual_seed(20240817)
         scores, exact, sampled, words = [], [], [], []
         for start in range(0, len(texts), ROWS):
@@ -151,4 +151,5 @@ class Policy:
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]), sys.argv[3:])
+    given, planned = (json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:3])
+    main(given, planned, Path(sys.argv[3]))

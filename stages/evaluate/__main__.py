@@ -126,10 +126,10 @@ def describe(
     temperature: float,
 ) -> list[dict[str, Any]]:
     """One record per reply: texts, scores of every reward model, KL of `model` to `against` over the reply, length."""
-    width = rollout.logprobs.shape[1]
-    said, _ = roles("log_probs", "model", rollout.tokens, rollout.prompt_lengths, width, temperature)
-    other, _ = roles("log_probs", "against", rollout.tokens, rollout.prompt_lengths, width, temperature)
-    kl = ((said - other) * rollout.mask).sum(1)
+    asked = (rollout.tokens, rollout.prompt_lengths, rollout.lengths, rollout.logprobs.shape[1], temperature)
+    said, _ = roles("log_probs", "model", *asked)
+    other, _ = roles("log_probs", "against", *asked)
+    kl = (said - other).sum(1)
     lengths = rollout.prompt_lengths + rollout.lengths
     scores = {name: roles("scores", role, rollout.tokens, lengths) for role, name in rewards.items()}
     return [

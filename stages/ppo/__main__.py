@@ -110,8 +110,9 @@ def prepare(context: Context, block: Ppo) -> Setup:
     _check_context(context, block, roles)
     if context.is_main:
         print(f"roles on one copy of their weights: {sharing(roles)}", flush=True)
+    roles.sharded = zero == 3
     if block.gradient_checkpointing:
-        roles.checkpoint_activations(reentrant=zero == 3)
+        roles.checkpoint_activations()
     engine.fit_buckets(config, roles)
     optimizer = optimizer_for(roles, block)
     clipping = engine.RoleClipping(optimizer, partitioned=zero > 0)

@@ -12,6 +12,7 @@ from pipeline.config.schema import Ppo
 from pipeline.engine import gather_rows as gather
 from pipeline.generation.rollout import Rollout
 from stages.ppo.advantage import ESTIMATORS, Given, token_rewards, whiten
+from stages.ppo.batches import by_length, restored
 from stages.ppo.kl import estimate
 from stages.ppo.scores import RunningScores, shaped
 
@@ -88,16 +89,17 @@ def judge(engine: Any, rollout: Rollout, temperature: float, micro_batch: int) -
     """What the roles say of the rollout, `micro_batch` rows at a time: log-probabilities of policy and reference, values,
     entropy; float32 [B, T], 0 past each response."""
     width, critic, pieces = rollout.logprobs.shape[1], "critic" in engine.module.roles, []
+    index = by_length(rollout.prompt_lengths + rollout.lengths, micro_batch)
     with engine.module.evaluating():
-        for start in range(0, len(rollout.lengths), micro_batch):
-            rows = slice(start, start + micro_batch)
-            tokens, prompts = rollout.tokens[rows], rollout.prompt_lengths[rows]
-            logprobs, entropy = engine("log_probs", "policy", tokens, prompts, width, temperature)
-            reference, _ = engine("log_probs", "reference", tokens, prompts, width, temperature)
+        for rows in index:
+            tokens, prompts, lengths = rollout.rows(rows)
+            asked = (tokens, prompts, lengths, width, temperature)
+            logprobs, entropy = engine("log_probs", "policy", *asked)
+            reference, _ = engine("log_probs", "reference", *asked)
             values = engine("values", "critic", tokens, prompts, width) if critic else torch.zeros_like(logprobs)
             pieces.append((logprobs, reference, values, entropy))
-    logprobs, reference, values, entropy = (torch.cat(column) * rollout.mask for column in zip(*pieces, strict=True))
-    return logprobs, reference, values, entropy
+    logprobs, reference, values, entropy = (restored(list(column), index) for column in zip(*pieces, strict=True))
+    return logprobs, reference, values * rollout.mask, entropy
 
 
 def experience(judged: Judged, block: Ppo, coef: float, running: RunningScores | None = None) -> Experience:

@@ -38,10 +38,9 @@ class Mixture:
         tokens = torch.tensor([row["input_ids"] + [self.pad] * (length - len(row["input_ids"])) for row in rows])
         first = torch.tensor([_first_target(row) for row in rows])
         lengths = torch.tensor([len(row["input_ids"]) for row in rows]) - first
-        width = int(lengths.max())
-        mask = (torch.arange(width) < lengths.unsqueeze(1)).float().to(engine.device)
-        logprobs, _ = engine("log_probs", "policy", tokens.to(engine.device), first.to(engine.device), width, 1.0)
-        return -(logprobs * mask).sum()
+        asked = (column.to(engine.device) for column in (tokens, first, lengths))
+        logprobs, _ = engine("log_probs", "policy", *asked, int(lengths.max()), 1.0)
+        return -logprobs.sum()
 
 
 def _first_target(row: dict[str, list[int]]) -> int:

@@ -16,6 +16,7 @@ from pipeline.generation.rollout import Rollout
 from pipeline.scoring.ensemble import combine
 from pipeline.scoring.errors import SourceError, SourceUnavailable
 from pipeline.scoring.source import Source, build, checked
+from stages.ppo.batches import by_length, restored
 
 
 class Skipped(Exception):
@@ -71,15 +72,14 @@ class Rewards:
 
     def _models(self, engine: Any, rollout: Rollout, source: StageReward, micro_batch: int) -> Tensor:
         """The combined score of one reward model or of an ensemble, [B]."""
-        members = []
+        members, index = [], by_length(rollout.prompt_lengths + rollout.lengths, micro_batch)
         with engine.module.evaluating():
             for stage in source.stage:
                 pieces = []
-                for start in range(0, len(rollout.lengths), micro_batch):
-                    rows = slice(start, start + micro_batch)
-                    ends = rollout.prompt_lengths[rows] + rollout.lengths[rows]
-                    pieces.append(engine("scores", self.roles[stage], rollout.tokens[rows], ends))
-                members.append(torch.cat(pieces))
+                for rows in index:
+                    tokens, prompts, lengths = rollout.rows(rows)
+                    pieces.append(engine("scores", self.roles[stage], tokens, prompts + lengths))
+                members.append(restored(pieces, index))
         return combine(torch.stack(members), source.combine, source.k)
 
     def _texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:

@@ -301,10 +301,11 @@ class Loop:
                     "base",
                     rollout.tokens[: self.micro],
                     rollout.prompt_lengths[: self.micro],
+                    rollout.lengths[: self.micro],
                     width,
                     self.block.sampling.temperature,
                 )
-            same = torch.tensor([float(torch.equal(bare * rollout.mask[: self.micro], logprobs[: self.micro]))])
+            same = torch.tensor([float(torch.equal(bare, logprobs[: self.micro]))])
             same = same.to(self.engine.device)
             dist.all_reduce(same, op=dist.ReduceOp.MAX)
             if bool(same.item()):

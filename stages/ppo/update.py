@@ -14,13 +14,16 @@ from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Ppo, Schedule
 from pipeline.errors import Trouble
 from stages.ppo.advantage import ESTIMATORS
+from stages.ppo.batches import dealt
 from stages.ppo.experience import Experience, kl_place
 from stages.ppo.kl import estimate
 from stages.ppo.loss import policy_loss, token_weights, value_loss
 from stages.ppo.ptx import Mixture
 
-COLUMNS = ("policy", "value", "clipped", "value_clipped", "ratio", "approxkl", "entropy", "tokens", "ptx", "ptx_tokens")
-"""What an update adds up over response tokens for its metrics; the last two over the supervised rows' target tokens."""
+COLUMNS = ("policy", "value", "clipped", "value_clipped", "ratio", "approxkl", "entropy", "tokens")
+OTHERS = ("cells", "filled", "ptx", "ptx_tokens")
+"""What an update adds up for its metrics: over response tokens; then cells of its micro-batches and those that hold a token,
+and the supervised loss over its target tokens."""
 
 
 @dataclass
@@ -55,7 +58,7 @@ class Updater:
         averages gradients over ranks. Which rows form a minibatch does not depend on the number of ranks. With `target_kl`
         the minibatch whose mean approximate KL to the rollout's policy exceeds it is the update's last.
         """
-        block, sums, updates = self.block, torch.zeros(len(COLUMNS), dtype=torch.float64), 0
+        block, sums, updates = self.block, torch.zeros(len(COLUMNS + OTHERS), dtype=torch.float64), 0
         self.engine.module.train()
         for epoch in range(block.epochs):
             generator = torch.Generator().manual_seed(((block.seed << 20) + step) * 1000 + epoch)
@@ -71,21 +74,21 @@ class Updater:
         return self._metrics(sums, updates)
 
     def _minibatch(self, batch: Experience, chosen: Tensor, step: int, number: int, kl_coef: float) -> Tensor:
-        """One optimizer step on the rows `chosen` of all ranks; this rank's sums over `COLUMNS`."""
-        sums, before = torch.zeros(len(COLUMNS), dtype=torch.float64), self.clipping.steps
+        """One optimizer step on the rows `chosen` of all ranks; this rank's sums."""
+        sums, before = torch.zeros(len(COLUMNS + OTHERS), dtype=torch.float64), self.clipping.steps
         tokens = float(batch.mask[chosen].sum())
-        mine = chosen[self.rank * self.size // self.world : (self.rank + 1) * self.size // self.world]
+        lengths = (batch.prompt_lengths + batch.lengths)[chosen]
         mixed, targets = self.ptx.parts(number, self.rank, self.world, self.accumulation) if self.ptx else ([], 1)
-        for part, start in enumerate(range(0, len(mine), self.micro)):
-            loss, found = self.losses(batch.rows(mine[start : start + self.micro]), tokens, kl_coef)
+        for part, index in enumerate(dealt(lengths, self.rank, self.world, self.micro)):
+            loss, found = self.losses(batch.rows(chosen[index]), tokens, kl_coef)
             if self.ptx:
                 supervised = self.ptx.loss(self.engine, mixed[part])
                 loss = loss + self.ptx.coef(step) * supervised / targets
-                found[COLUMNS.index("ptx")] = float(supervised.detach())
+                found[-2] = float(supervised.detach())
             self.engine.backward(loss * self.world, scale_wrt_gas=False)
             self.engine.step()
             sums += found
-        sums[COLUMNS.index("ptx_tokens")] = targets / self.world
+        sums[-1] = targets / self.world
         if self.block.base.dtype != "fp16" and self.clipping.steps == before:
             raise Trouble(
                 "a gradient is not finite"
@@ -93,18 +96,18 @@ class Updater:
         return sums
 
     def losses(self, rows: Experience, tokens: float, kl_coef: float) -> tuple[Tensor, Tensor]:
-        """(this micro-batch's share of the minibatch's mean loss, sums over `COLUMNS`); the minibatch has `tokens` tokens."""
+        """(this micro-batch's share of the minibatch's mean loss, its sums); the minibatch has `tokens` response tokens."""
         block, width = self.block, rows.mask.shape[1]
         logprobs, entropy = self.engine(
             "log_probs",
             "policy",
             rows.tokens,
             rows.prompt_lengths,
+            rows.lengths,
             width,
             block.sampling.temperature,
             learn_entropy=block.entropy_coef > 0,
         )
-        logprobs = logprobs * rows.mask  # past a response they are of padding, and may be too small for an exponential
         weights = token_weights(rows.mask, rows.lengths, self.size, tokens, self.aggregation)
         policy, policy_clipped = policy_loss(logprobs, rows.logprobs, rows.advantages, block.clip, block.dual_clip)
         total = (policy * weights).sum()
@@ -121,7 +124,9 @@ class Updater:
             change = (logprobs - rows.logprobs) * rows.mask
             columns = [policy, value, policy_clipped, value_clipped, change.exp(), 0.5 * change.pow(2), entropy]
             sums = [(c.detach() * rows.mask).sum() for c in columns] + [rows.mask.sum()]
-        return total, torch.cat([torch.stack(sums).double().cpu(), torch.zeros(2, dtype=torch.float64)])
+        filled = float((rows.prompt_lengths + rows.lengths).sum())
+        others = torch.tensor([rows.tokens.numel(), filled, 0.0, 0.0], dtype=torch.float64)
+        return total, torch.cat([torch.stack(sums).double().cpu(), others])
 
     def _mean_kl(self, sums: Tensor) -> float:
         """Mean over a minibatch's tokens on all ranks of half the squared change of the log-probability."""
@@ -132,9 +137,10 @@ class Updater:
     def _metrics(self, sums: Tensor, updates: int) -> dict[str, float]:
         shared = sums.to(self.engine.device, torch.float32)
         dist.all_reduce(shared)
-        mean = dict(zip(COLUMNS, (shared / shared[COLUMNS.index("tokens")]).tolist(), strict=True))
+        mean = dict(zip(COLUMNS, (shared / shared[COLUMNS.index("tokens")]).tolist(), strict=False))
+        cells, filled, supervised, targets = shared[-len(OTHERS) :].tolist()
         critic = {"loss/value_avg": mean["value"], "val/clipfrac_avg": mean["value_clipped"]} if self.critic else {}
-        ptx = {"loss/ptx_avg": mean["ptx"] / mean["ptx_tokens"]} if self.ptx else {}
+        ptx = {"loss/ptx_avg": supervised / targets} if self.ptx else {}
         return {
             "loss/policy_avg": mean["policy"],
             **critic,
@@ -144,6 +150,7 @@ class Updater:
             "policy/approxkl_avg": mean["approxkl"],
             "policy/entropy_avg": mean["entropy"],
             "policy/updates": float(updates),
+            "perf/padding_share": 1.0 - filled / cells,
             **{f"lr/{g['name']}": float(g["lr"]) for g in self.engine.optimizer.param_groups},
             **{f"grad_norm/{name}": norm for name, norm in self.clipping.norms.items()},
         }

@@ -164,7 +164,7 @@ def _compare(context: Any) -> dict[str, float]:
     batons = {name: handoff.open_baton(context.run_dir / name) for name in ("sft", "reward", "ppo")}
     tok = tokenizer(str(batons["sft"].path))
     text = tok("Anna visits the palace. What does she see?\nShe sees an old mirror.")["input_ids"] + [tok.eos_token_id]
-    tokens, prompt = torch.tensor([text]), torch.tensor([10])
+    tokens, prompt, lengths = torch.tensor([text]), torch.tensor([10]), torch.tensor([len(text) - 10])
     parts = {
         "sft": speaking(context, batons["sft"]),
         "ppo": speaking(context, batons["ppo"]),
@@ -174,7 +174,7 @@ def _compare(context: Any) -> dict[str, float]:
     differences = {}
     with roles.evaluating():
         for name in ("sft", "ppo"):
-            ours, _ = roles("log_probs", name, tokens, prompt, len(text) - 10, 1.0)
+            ours, _ = roles("log_probs", name, tokens, prompt, lengths, len(text) - 10, 1.0)
             logits = _plain(batons[name], context.block.base, "causal")(input_ids=tokens).logits[0, 9:-1].float()
             if tok.pad_token == ADDED_PAD:
                 differences["pad_share"] = float(logits.softmax(-1)[:, tok.pad_token_id :].sum(-1).max())

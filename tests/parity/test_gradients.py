@@ -171,28 +171,47 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda x, o=old: estimate(x, o, "k3"), (point,))
 
 
-class Logits(nn.Module):
-    """A language model that answers `logits` [B, L, V]."""
+class Head(nn.Identity):
+    out_features = 7
 
-    def __init__(self, logits: Tensor) -> None:
+
+class Logits(nn.Module):
+    """A language model that answers `logits` [B, L, V], through a head that changes nothing or all at once."""
+
+    def __init__(self, logits: Tensor, *, plain: bool) -> None:
         super().__init__()
-        self.logits = nn.Parameter(logits)
+        self.logits, self.head = nn.Parameter(logits), Head()
+        text = SimpleNamespace(final_logit_softcapping=None if plain else 30.0)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def base_model(self, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.logits)
 
     def forward(self, logits_to_keep: int = 0, **_: Any) -> SimpleNamespace:
         return SimpleNamespace(logits=self.logits[:, -logits_to_keep:])
 
 
 @pytest.fixture(params=[1.0, 0.7], ids=lambda t: f"temperature {t}")
-def read(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """Two responses of 3 and 2 tokens after prompts of 2 and 1, as `Roles.log_probs` reads them from given logits."""
+def temperature(request: pytest.FixtureRequest) -> float:
+    return float(request.param)
+
+
+@pytest.fixture(params=["whole", "chunks", "model"])
+def read(request: pytest.FixtureRequest, temperature: float, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Two responses of 3 and 2 tokens after prompts of 2 and 1, as `Roles.log_probs` reads them from given logits: through
+    the head at once, two tokens at a time, or through the model's own forward."""
+    monkeypatch.setattr("pipeline.model.likelihood.CHUNK_ELEMENTS", 14 if request.param == "chunks" else 2**24)
     from pipeline.model.roles import Role, Roles
 
     generator = np.random.default_rng(0)
     logits = generator.normal(0.0, 1.0, (2, 5, 7)).astype(np.float32).astype(np.float64)
     tokens = generator.integers(0, 7, (2, 5))
-    model = Logits(tensor(logits, torch.float32))
+    model = Logits(tensor(logits, torch.float32), plain=request.param != "model")
     roles = Roles({"base": model}, {}, {"policy": Role("base", None, True)})
-    arguments = ("policy", torch.tensor(tokens), torch.tensor([2, 1]), 3, request.param)
+    arguments = ("policy", torch.tensor(tokens), torch.tensor([2, 1]), torch.tensor([3, 2]), 3, temperature)
     logprobs, entropy = roles("log_probs", *arguments, learn_entropy=True)
     cells = [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]  # (row, position that the token after it is read from)
     mask = tensor(np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]), torch.float32)
@@ -203,8 +222,8 @@ def read(request: pytest.FixtureRequest) -> SimpleNamespace:
         kept=mask.bool(),
         logprobs=logprobs,
         entropy=entropy,
-        log_prob=lambda z: [reference.log_prob(z[b, t], tokens[b, t + 1], request.param) for b, t in cells],
-        spread=lambda z: [reference.entropy(z[b, t], request.param) for b, t in cells],
+        log_prob=lambda z: [reference.log_prob(z[b, t], tokens[b, t + 1], temperature) for b, t in cells],
+        spread=lambda z: [reference.entropy(z[b, t], temperature) for b, t in cells],
     )
 
 

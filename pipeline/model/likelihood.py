@@ -1,0 +1,73 @@
+"""Log-probabilities and entropies of tokens from hidden states, a chunk of tokens at a time.
+
+Logits are the largest tensor of RLHF by far: [batch, tokens, vocabulary] in float32. Here they exist for one chunk, and are
+computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at a time: 64 MiB in float32."""
+
+SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Settings by which a model changes its logits after the output head."""
+
+
+def plain_head(model: Any) -> bool:
+    """Whether the model's logits are its output head's, as nearly always."""
+    config = model.config.get_text_config()
+    return all(getattr(config, name, None) in (None, 1, 1.0) for name in SCALED)
+
+
+def token_log_probs(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    *,
+    learn_entropy: bool,
+    recompute: Callable[..., Any],
+    together: bool,
+) -> tuple[Tensor, Tensor]:
+    """(log-probability of each target, entropy), float32 [N], from hidden states [N, H] and targets int64 [N].
+
+    The entropy has gradients only if `learn_entropy`. `recompute(function, *inputs)` calls `function`, and again in the
+    backward pass. `together` makes the number of calls of `head` the same on every rank, as ZeRO-3 needs; collective then.
+    """
+
+    def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        return of_logits(head(states), wanted, temperature, learn_entropy=learn_entropy)
+
+    size = max(1, CHUNK_ELEMENTS // int(head.out_features))  # type: ignore[arg-type]
+    chunks = -(-len(hidden) // size)
+    if together:
+        most = torch.tensor([chunks], device=hidden.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        chunks = int(most)
+    if chunks == 1:
+        return chunk(hidden, targets)
+    learning = torch.is_grad_enabled() and hidden.requires_grad
+    pieces = []
+    for number in range(chunks):
+        part = slice(number * size, (number + 1) * size)
+        inputs = hidden[part], targets[part]
+        pieces.append(recompute(chunk, *inputs) if learning else chunk(*inputs))
+    chosen, entropy = zip(*pieces, strict=True)
+    return torch.cat(chosen), torch.cat(entropy)
+
+
+def of_logits(logits: Tensor, targets: Tensor, temperature: float, *, learn_entropy: bool) -> tuple[Tensor, Tensor]:
+    """The same from logits [N, V] of any float dtype."""
+    scaled = logits.float() / temperature
+    normaliser = scaled.logsumexp(-1)
+    chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
+    with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
+        entropy = normaliser - (scaled.softmax(-1) * scaled).sum(-1)
+    return chosen, entropy
