@@ -270,8 +270,13 @@ class Kl(Block):
 
 
 class Sampling(Block):
-    """How replies are sampled; `batch` prompts at a time on each rank, which bounds memory and changes no token."""
+    """How replies are sampled; `batch` prompts at a time on each rank, which bounds memory and changes no token.
 
+    `engine: hf` is Hugging Face's `generate`; `static` decodes `batch` slots in a preallocated cache and gives the slot of
+    a finished response to the next prompt (a model that it does not know falls back to `hf`, in one line).
+    """
+
+    engine: Literal["hf", "static"] = "hf"
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -75,9 +75,9 @@ def keys(seed: int, step: int, prompts: Tensor, sample: Tensor) -> Tensor:
     return key
 
 
-def at_position(keys: Tensor, position: int) -> Tensor:
-    """The keys of one position of the responses."""
-    return _mix(keys ^ _mix(torch.tensor((position + 0xC2B2AE35) & 0xFFFFFFFF, device=keys.device)))
+def at_position(keys: Tensor, position: int | Tensor) -> Tensor:
+    """The keys of one position of the responses, or of a position for each row, int64 [B]."""
+    return _mix(keys ^ _mix((torch.as_tensor(position, device=keys.device) + 0xC2B2AE35) & 0xFFFFFFFF))
 
 
 def _mix(x: Tensor) -> Tensor:

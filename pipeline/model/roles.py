@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.schema import Sampling
-from pipeline.generation import hf
-from pipeline.generation.rollout import Rollout
+from pipeline.generation import hf, static
+from pipeline.generation.rollout import Rollout, join
 from pipeline.model.likelihood import of_logits, plain_head, token_log_probs
 
 
@@ -40,6 +40,7 @@ class Roles(nn.Module):
 
     def __init__(self, trunks: dict[str, Any], heads: dict[str, nn.Linear], roles: dict[str, Role]) -> None:
         super().__init__()
+        self._engines: dict[str, str] = {}
         self.sharded = False  # set under ZeRO-3, where ranks must call the same modules equally often
         self.trunks, self.heads, self.roles = nn.ModuleDict(trunks), nn.ModuleDict(heads), roles
         self._tuners = {
@@ -93,8 +94,35 @@ class Roles(nn.Module):
         eos: list[int],
         synced: bool,
     ) -> Rollout:
-        """Sample the role's replies; see `pipeline.generation.hf.sample`."""
-        return hf.sample(self.causal_lm(role), prompts, noise, sampling, pad=pad, eos=eos, synced=synced)
+        """Sample the role's replies with the recipe's engine; see `pipeline.generation.hf.sample`.
+
+        All `prompts` are sampled, `sampling.batch` at a time.
+        """
+        model, size = self.causal_lm(role), sampling.batch
+        if self._engine(role, model, sampling) == "static":
+            return static.sample(model, prompts, noise, sampling, pad=pad, eos=eos, synced=synced, slots=size)
+        parts = [
+            hf.sample(
+                model,
+                prompts[start : start + size],
+                None if noise is None else noise[start : start + size],
+                sampling,
+                pad=pad,
+                eos=eos,
+                synced=synced,
+            )
+            for start in range(0, len(prompts), size)
+        ]
+        return join(parts, pad)
+
+    def _engine(self, role: str, model: Any, sampling: Sampling) -> str:
+        """The engine that samples `role`; a fallback is told once."""
+        if sampling.engine == "static" and role not in self._engines:
+            reason = static.supported(model)
+            self._engines[role] = "hf" if reason else "static"
+            if reason:
+                print(f"rollouts of {role} use Hugging Face's generate: {reason}", flush=True)
+        return self._engines[role] if sampling.engine == "static" else "hf"
 
     def log_probs(
         self,

@@ -18,7 +18,7 @@ from pipeline import checkpoint, engine
 from pipeline.config.schema import Ppo
 from pipeline.data.encode import Encoder, Prompt
 from pipeline.errors import Trouble
-from pipeline.generation.rollout import Rollout, join, keys
+from pipeline.generation.rollout import Rollout, keys
 from pipeline.stage import Context, Stopped
 from pipeline.tracking import Tracker
 from stages.ppo.advantage import ESTIMATORS
@@ -160,22 +160,18 @@ class Loop:
         rows = torch.arange(self.rank * len(mine), (self.rank + 1) * len(mine))
         numbers = rows // samples + step * len(prompts)
         noise = keys(block.seed + seed_offset, step, numbers, rows % samples).to(self.engine.device)
-        pad, size = self.encoder.tokenizer.pad_token_id, block.sampling.batch
         with self.engine.module.evaluating():
-            parts = [
-                self.engine(
-                    "rollout",
-                    "policy",
-                    [prompt.ids for prompt in mine[start : start + size]],
-                    None if greedy else noise[start : start + size],
-                    block.sampling,
-                    pad=pad,
-                    eos=self.eos,
-                    synced=self.synced,
-                )
-                for start in range(0, len(mine), size)
-            ]
-        return join(parts, pad)
+            rollout: Rollout = self.engine(
+                "rollout",
+                "policy",
+                [prompt.ids for prompt in mine],
+                None if greedy else noise,
+                block.sampling,
+                pad=self.encoder.tokenizer.pad_token_id,
+                eos=self.eos,
+                synced=self.synced,
+            )
+        return rollout
 
     def evaluate(self) -> dict[str, float]:
         """Mean score (and gold score), KL and length on held-out prompts, sampled with the same noise every time; nothing

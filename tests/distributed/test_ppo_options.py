@@ -115,6 +115,28 @@ def test_two_ranks_equal_one(
         assert (ours - theirs).norm() / theirs.norm() < 1e-5, role
 
 
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_static_engine_changes_nothing(ranks: Get, published: tuple[str, str], tmp_path: Path, zero: str) -> None:
+    """Two slots on each of two ranks, refilled as responses end, against `generate` on one rank: same tokens, same update."""
+    found = {}
+    for world, engine, config in ((1, "hf", "zero0"), (2, "static", zero)):
+        sampling = {"engine": engine, "batch": 2, "max_prompt_length": 32, "max_response_length": 12}
+        ranks(world).call(
+            "tests.distributed.cases:one_update",
+            recipe=published[0],
+            run_dir=published[1],
+            overrides=[*SGD, *sets(sampling=sampling), f"deepspeed.config={config}"],
+            target=str(tmp_path / f"{engine}.pt"),
+        )
+        found[engine] = torch.load(tmp_path / f"{engine}.pt", weights_only=False)
+    assert found["hf"]["tokens"] == found["static"]["tokens"]
+    ours, theirs = (
+        torch.cat([c.flatten() for _, c in sorted(found[side]["change"].items())]) for side in ("static", "hf")
+    )
+    assert theirs.abs().max() > 1e-2
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"advantage_estimator": "grpo", "samples_per_prompt": 2}, {**EVERYTHING, "ptx": None}],
