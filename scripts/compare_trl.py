@@ -43,10 +43,10 @@ SAMPLES, SAMPLES_ALONG = 16, 4
 """Replies per held-out prompt: of final policies and of snapshots along the training."""
 
 # TRL's defaults where they fit: minibatches, clip ranges, vf_coef, gamma, lambda, betas, and no warm-up, weight decay or
-# gradient clipping. The others were chosen on trial runs of TRL alone.
+# gradient clipping. How the others were chosen is said in `explained`.
 SETTINGS: dict[str, Any] = {
     "reward": "story_reward:cheerful",
-    "steps": 48,
+    "steps": 80,
     "batch": 64,
     "minibatches": 1,
     "epochs": 2,
@@ -56,7 +56,7 @@ SETTINGS: dict[str, Any] = {
     "lr": 1e-3,
     "lr_schedule": "constant",
     "betas": [0.9, 0.999],
-    "kl_coef": 0.1,
+    "kl_coef": 0.2,
     "clip": 0.2,
     "value_clip": 0.2,
     "vf_coef": 0.1,
@@ -65,7 +65,7 @@ SETTINGS: dict[str, Any] = {
     "r": 8,
     "alpha": 16,
     "targets": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
-    "snapshot_every": 8,
+    "snapshot_every": 16,
     "held_out_prompts": 128,
 }
 
@@ -281,10 +281,12 @@ def reward_at(points: list[tuple[float, float]], kl: float) -> float:
     raise ValueError(f"the policy never reaches a KL of {kl}")
 
 
-def interval(differences: list[float]) -> tuple[float, float, float]:
-    """Mean, lower and upper end of the 95 % interval of the mean (Student's t)."""
-    mean = statistics.mean(differences)
-    half = QUANTILES[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+def welch(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """Difference of the means, lower and upper end of its 95 % interval (Welch 1947; degrees of freedom rounded down)."""
+    parts = [statistics.variance(side) / len(side) for side in (ours, theirs)]
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (ours, theirs), strict=True))
+    mean = statistics.mean(ours) - statistics.mean(theirs)
+    half = QUANTILES[max(1, int(freedom))] * math.sqrt(sum(parts))
     return mean, mean - half, mean + half
 
 
@@ -299,7 +301,7 @@ def page(
 ) -> str:
     fronts = {run: front(found, *run) for run in seconds}
     top = min(points[-1][0] for points in fronts.values())
-    levels = {top: "the smallest final KL of all runs", top / 2: "half of it"}
+    levels = {top: "the smallest final KL of all runs", top / 2: "half of it", top / 4: "a quarter of it"}
     sets = "".join(f" --set {item}" for item in overrides)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "deepspeed"))
     lines = [
@@ -335,15 +337,16 @@ Fronts = dict[tuple[str, int], list[tuple[float, float]]]
 def verdict(seeds: list[int], fronts: Fronts, levels: dict[float, str], unit: float) -> list[str]:
     """The question, answered: the interval of the difference at each level of KL."""
     lines = [
-        f"Final policies at equal KL, reward of Relay less that of TRL, in standard deviations; mean over {len(seeds)} seeds "
-        f"and its 95 % interval (Student's t). The lower end is to be above {MARGIN}:",
+        f"Final policies at equal KL, reward of Relay less that of TRL, in standard deviations; means over {len(seeds)} seeds "
+        f"and the 95 % interval of their difference (Welch). The first line decides, as was fixed before the first full run: "
+        f"its lower end is to be above {MARGIN}.",
         "",
         "| KL | mean | 95 % interval | lower end |",
         "|---|---|---|---|",
     ]
     for level, words in levels.items():
         ours, theirs = ([reward_at(fronts[side, seed], level) for seed in seeds] for side in SIDES)
-        mean, low, high = interval([(a - b) / unit for a, b in zip(ours, theirs, strict=True)])
+        mean, low, high = welch([a / unit for a in ours], [b / unit for b in theirs])
         answer = "above" if low > MARGIN else "NOT above"
         lines.append(f"| {level:.2f}, {words} | {mean:+.3f} | {low:+.3f} to {high:+.3f} | {answer} {MARGIN} |")
     return [*lines, ""]
@@ -404,8 +407,9 @@ def explained(settings: dict[str, Any]) -> list[str]:
         "| others | float32, AdamW, no warm-up, weight decay or gradient clipping, k1 in the reward, advantages whitened over "
         "the batch, rewards not, no EOS penalty |",
         "",
-        "Learning rate, KL coefficient, epochs, batch and steps were chosen on trial runs of TRL alone, so that its reward "
-        "rises steadily; the other settings are TRL's defaults where they fit.",
+        "Settings are TRL's defaults where they fit. Learning rate, epochs and batch were chosen on trial runs of TRL alone, "
+        "so that its reward rises steadily. KL coefficient and steps were then raised from 0.1 and 48 to 0.2 and 80 so that "
+        "seeds differ less, tried on TRL alone, but after two seeds of Relay had been seen at 0.1 and 48.",
         "",
         "## How it is measured",
         "",
@@ -416,7 +420,8 @@ def explained(settings: dict[str, Any]) -> list[str]:
         "Two final policies seldom have the same KL. Each is therefore measured with its adapter at "
         f"{', '.join(map(str, SCALES))} of its size, which draws its own front of reward against KL (linear interpolation of "
         "weights towards the base: Ramé et al. 2024, arXiv 2406.16768), and read at the KL in question. The reward where the "
-        "run first passed a KL in training says less: on three trial seeds of TRL it varied more than four times as much.",
+        "run first passed a KL in training says less: on three trial seeds of TRL (48 steps, KL coefficient 0.1) it varied by "
+        "0.16 standard deviations at KL 8 and 0.22 at KL 4, these readings by 0.03 and 0.02.",
     ]
 
 
