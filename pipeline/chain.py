@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import handoff
-from pipeline.config.recipe import Recipe, digest, functions, resolved, sources
+from pipeline.config.recipe import DS_CONFIGS, Recipe, deepspeed_config, digest, functions, resolved, sources
 from pipeline.data.read import file_hash
 from pipeline.data.split import fingerprints
 from pipeline.errors import UserError
@@ -25,6 +25,9 @@ class State:
     stage: str
     done: bool
     why: str
+
+
+SHIPPED_CONFIGS = frozenset(path.stem for path in DS_CONFIGS.glob("*.json"))
 
 
 def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
@@ -51,6 +54,7 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
         "data": fingerprints(recipe, stage),
         "shares": [recipe.interval(stage, source) for source in sources(recipe.stages[stage])],
         "parents": parents,
+        "deepspeed": None if block.deepspeed.config in SHIPPED_CONFIGS else digest(deepspeed_config(recipe, stage)),
         "functions": {name: _source_hash(name) for name in functions(block)},
     }
 
@@ -59,7 +63,7 @@ def _source_hash(function: str) -> str | None:
     """Hash of the module file that a `package.module:function` lies in; a changed rule is other work."""
     try:
         spec = importlib.util.find_spec(function.partition(":")[0])
-    except ImportError:
+    except Exception:  # importing the package around it may fail in any way; the stage itself says how
         return None
     return file_hash(Path(spec.origin)) if spec and spec.origin and Path(spec.origin).is_file() else None
 

@@ -64,12 +64,26 @@ def newest(checkpoints: Path) -> Path | None:
     return None
 
 
-def rotate(checkpoints: Path, keep: int, best: Path | None = None) -> None:
-    """Delete all but the newest `keep` complete checkpoints and the best one."""
+def rotate(checkpoints: Path, keep: int, *kept: Path | None) -> None:
+    """Delete all but the newest `keep` complete checkpoints and those in `kept`, such as the best one."""
     done = sorted((p for p in _all(checkpoints) if (p / MARKER).exists()), key=step_of)
     for folder in done[:-keep]:
-        if best is None or folder.resolve() != best.resolve():
+        if folder.resolve() not in {other.resolve() for other in kept if other is not None}:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """The steps of the complete checkpoints, in order."""
+    return sorted(step_of(p) for p in _all(checkpoints) if (p / MARKER).exists())
+
+
+def set_aside(checkpoints: Path, step: int) -> None:
+    """Rename the checkpoints of `step` and later, so that a resume takes an earlier one; nothing if there is none earlier."""
+    if any(number < step for number in steps(checkpoints)):
+        for folder in [p for p in _all(checkpoints) if step_of(p) >= step]:
+            aside = folder.with_name(folder.name + ".suspect")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
 
 
 def _all(checkpoints: Path) -> list[Path]:

@@ -36,6 +36,7 @@ Ranks = Annotated[int | None, typer.Option("--num-gpus", help="ranks per host fo
 
 def app() -> None:
     """Entry point: a user's mistake is one paragraph and exit code 2."""
+    sys.path.insert(0, str(Path.cwd()))  # as ranks see it, which run as modules: a recipe may name functions there
     try:
         commands()
     except UserError as error:

@@ -436,6 +436,22 @@ def _check_ppo(recipe: Recipe, stage: str, block: Ppo) -> None:
                 f"{block.ptx.batch} rows do not divide over {block.deepspeed.ranks} ranks x {accumulation} micro-batches",
                 fix=f"write a multiple of {parts}",
             )
+    if block.freezing_actor_steps and not estimator.critic:
+        refuse("freezing_actor_steps", f"{block.advantage_estimator} has no critic to wait for", fix="leave it out")
+    if block.freezing_actor_steps >= block.steps:
+        refuse(
+            "freezing_actor_steps", f"the actor would wait for all {block.steps} steps", f"at most {block.steps - 1}"
+        )
+    if block.kl.target is not None and block.kl.coef == 0:
+        refuse("kl.coef", "an adaptive coefficient that starts at 0 stays there", "above 0", "write `coef: 0.05`")
+    if block.kl.target is not None and block.kl.horizon <= 0.2 * block.rollout_batch:
+        refuse(
+            "kl.horizon",
+            f"one step could take all of the coefficient away at {block.kl.horizon}",
+            "above rollout_batch / 5",
+        )
+    if "explained_variance" in block.signals.stop_on and not estimator.critic:
+        refuse("signals.stop_on", f"explained_variance is a critic's, and {block.advantage_estimator} has none")
     if "over_optimisation" in block.signals.stop_on and not (block.gold and block.eval_every):
         refuse("signals.stop_on", "over_optimisation compares held-out scores with a gold score", "gold and eval_every")
     for name in block.signals.stop_on:

@@ -332,8 +332,8 @@ SignalName = Literal[
 
 
 class Signals(Block):
-    """When to warn. A signal is raised once its condition has held for `patience` steps running (evaluations, for
-    `over_optimisation`); a threshold of null is off. `stop_on` names the signals that end the training.
+    """When to warn. A signal is raised once its condition has held for `patience` steps running (`evaluations`
+    evaluations, for `over_optimisation`); a threshold of null is off. `stop_on` names the signals that end the training.
 
     - over_optimisation: the held-out gold score fell by more than this many of its standard deviations since it was best,
       while the held-out training score rose
@@ -347,6 +347,7 @@ class Signals(Block):
     """
 
     patience: Positive = 10
+    evaluations: Positive = 2
     over_optimisation: NonNegative | None = 0.1
     length_drift: Annotated[float, Field(gt=1.0)] | None = 2.0
     kl_budget: Annotated[float, Field(gt=0.0)] | None = None

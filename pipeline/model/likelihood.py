@@ -53,6 +53,8 @@ def token_log_probs(
         chunks = int(most)
     if chunks == 1:
         return chunk(hidden, targets)
+    if together and any(parameter.requires_grad for parameter in head.parameters()):
+        return chunk(hidden, targets)  # ZeRO-3 keeps one gradient of a weight in a backward pass, not a sum over chunks
     learning = torch.is_grad_enabled() and hidden.requires_grad
     pieces = []
     for number in range(chunks):

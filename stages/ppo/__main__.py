@@ -60,6 +60,8 @@ def ppo(context: Context) -> None:
 
     with context.tracker(block.steps, loop.step) as tracker:
         loop.run(tracker)
+    metrics = {f"signals/{name}, steps": float(held) for name, held in loop.watch.raised.items()}
+    metrics |= {"skipped_batches": float(loop.skipped)} if loop.skipped else {}
     if block.publish == "best" and loop.best_step:
         best = context.checkpoints / f"step-{loop.best_step}"
         if problem := engine.agreed(checkpoint.damage(best) if context.is_main else None):
@@ -67,10 +69,8 @@ def ppo(context: Context) -> None:
                 str(best), f"the best checkpoint is damaged: {problem}", fix="run the stage again with --from"
             )
         loop.resume(best)
-    metrics = loop.evaluate() if loop.held_out else {}
-    patience = block.signals.patience
-    metrics |= {f"signals/{name}, steps": float(n) for name, n in loop.watch.held.items() if n >= patience}
-    metrics |= {"skipped_batches": float(loop.skipped)} if loop.skipped else {}
+    if loop.held_out and block.publish != "ema":  # the average is published, not the policy that could be evaluated
+        metrics |= loop.evaluate()
 
     base = begin.base_record(setup.base)
     averaged = loop.ema.average if loop.ema and block.publish == "ema" else {}
@@ -91,6 +91,7 @@ def prepare(context: Context, block: Ppo) -> Setup:
     engine.start(block.seed)
     parent = context.parent("policy")
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
+    _check_tokenizers(context, tok)
     encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
     prompts = encode.prompts(encoder, split, "train", block.sampling.max_prompt_length)
     held_out = encode.prompts(encoder, split, "held_out", block.sampling.max_prompt_length)
@@ -118,7 +119,7 @@ def prepare(context: Context, block: Ppo) -> Setup:
     clipping = engine.RoleClipping(optimizer, partitioned=zero > 0)
     started = engine.initialize(roles, optimizer, config)
     models, where = reward_roles(block), context.recipe.where("stages", context.stage, "reward")
-    mixture, others = mixed_in(context, block, encoder)
+    mixture, others = mixed_in(context, block, encoder, _holds(roles, "policy"))
     trunk = f"trunks.{roles.roles['policy'].trunk}."
     policy = {n: p for n, p in roles.named_parameters() if p.requires_grad and n.startswith(trunk)}
     if block.adapter.method != "full":
@@ -142,11 +143,31 @@ def prepare(context: Context, block: Ppo) -> Setup:
     return Setup(loop, described["policy"].base, tok, split, others, zero)
 
 
+def _check_tokenizers(context: Context, tok: Any) -> None:
+    """Refuse a reward model that reads other token ids than the policy writes."""
+    for name, baton in context.batons.items():
+        if tokenizer(str(baton.path)).get_vocab() != tok.get_vocab():
+            raise UserError(
+                context.recipe.where("stages", context.stage),
+                f"the tokenizer of {name} is not the policy's",
+                expected="one vocabulary in all of them",
+                fix="train them on bases with the same tokenizer",
+            )
+
+
+def _holds(roles: Roles, name: str) -> int | None:
+    """Tokens that a role's context holds, if its model says."""
+    limit = getattr(
+        plain(roles.trunks[roles.roles[name].trunk]).config.get_text_config(), "max_position_embeddings", None
+    )
+    return None if limit is None else int(limit)
+
+
 def _check_context(context: Context, block: Ppo, roles: Roles) -> None:
     """Refuse prompts and responses that together do not fit a role's context."""
     longest = block.sampling.max_prompt_length + block.sampling.max_response_length
-    for name, role in roles.roles.items():
-        limit = getattr(plain(roles.trunks[role.trunk]).config.get_text_config(), "max_position_embeddings", None)
+    for name in roles.roles:
+        limit = _holds(roles, name)
         if limit is not None and longest > limit:
             raise UserError(
                 context.recipe.where("stages", context.stage, "sampling"),
@@ -156,17 +177,20 @@ def _check_context(context: Context, block: Ppo, roles: Roles) -> None:
             )
 
 
-def mixed_in(context: Context, block: Ppo, encoder: encode.Encoder) -> tuple[Mixture | None, dict[str, Split]]:
-    """The rows of `ptx` and where each of its data rows went."""
+def mixed_in(
+    context: Context, block: Ppo, encoder: encode.Encoder, limit: int | None
+) -> tuple[Mixture | None, dict[str, Split]]:
+    """The rows of `ptx`, at most `limit` tokens long, and where each of its data rows went."""
     if block.ptx is None:
         return None, {}
     split = load(context.recipe, context.stage, "ptx.data")
-    rows = encode.demonstrations(encoder, split, "train", block.ptx.max_length, block.ptx.loss_on)
+    longest = min(block.ptx.max_length, limit or block.ptx.max_length)
+    rows = encode.demonstrations(encoder, split, "train", longest, block.ptx.loss_on)
     if not rows:
         raise UserError(
             context.recipe.where("stages", context.stage, "ptx", "max_length"),
-            f"every row is longer than {block.ptx.max_length} tokens",
-            fix="raise it",
+            f"every row is longer than {longest} tokens",
+            fix="raise it" if longest == block.ptx.max_length else "use shorter rows: the model's context is no longer",
         )
     mixture = Mixture(block.ptx, rows, block.seed, block.steps, encoder.tokenizer.pad_token_id)
     return mixture, {"ptx.data": split}
@@ -184,7 +208,7 @@ def configuration(context: Context, block: Ppo) -> dict[str, Any]:
         deepspeed_config(context.recipe, context.stage),
         dtype=block.base.dtype,
         micro_batch=micro,
-        accumulation=accumulation,
+        accumulation=accumulation * (2 if block.ptx else 1),  # the supervised loss has backward passes of its own
         max_grad_norm=0.0,
     )
 

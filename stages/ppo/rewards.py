@@ -49,7 +49,7 @@ class Rewards:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(weighted sum, each source's own scores by name), float32 [B], of this rank's rollout; `rows` are the data rows
         of its prompts. Collective. Raises Trouble, or Skipped, on every rank when a source fails on any."""
-        texts = self._texts(rollout)
+        texts, first = self._texts(rollout), dist.get_rank() * len(rollout.lengths)
         parts: dict[str, Tensor] = {}
         problems: list[tuple[bool, str]] = []
         total = torch.zeros(len(rollout.lengths), device=rollout.lengths.device)
@@ -62,9 +62,13 @@ class Rewards:
                     given = checked(text, *texts, rows)
                 except SourceError as error:
                     skip = isinstance(error, SourceUnavailable) and getattr(source, "on_failure", "stop") == "skip"
-                    problems.append((skip, str(error)))
+                    problems.append((skip, str(error.moved(first))))
                     given = [0.0] * len(total)
                 scores = torch.tensor(given, dtype=torch.float32, device=total.device)
+            if not bool(torch.isfinite(scores).all()):
+                row = int((~torch.isfinite(scores)).nonzero()[0])
+                found = SourceError(name, row, f"its score is {float(scores[row])}, not finite").moved(first)
+                problems.append((False, str(found)))
             parts[name] = scores
             total = total + source.weight * scores
         _agree(problems)

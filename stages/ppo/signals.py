@@ -92,11 +92,12 @@ class Raised:
 
 @dataclass
 class Record:
-    """How often a condition held: in all, and in the present run, which began at step `since`."""
+    """How often a condition held, in all and in the present run, which began at step `since`; how often it was raised."""
 
     held: int = 0
     running: int = 0
     since: int = 0
+    raised: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Best:
 
 @dataclass
 class Watch:
-    """Follows the conditions through a training. A condition is up while it has held `patience` times running.
+    """Follows the conditions through a training. A condition is up while it has held `patience` steps (`evaluations`
+    evaluations) running.
 
     A value that is absent or NaN was not measured: it neither continues nor ends a run, nor serves as a reference.
     """
@@ -161,9 +163,22 @@ class Watch:
         """At how many steps (evaluations) each condition held, of those that are on and were measured, in recipe order."""
         return {name: self.records[name].held for name in get_args(SignalName) if name in self.records}
 
+    @property
+    def raised(self) -> dict[str, int]:
+        """`held` of the conditions that were raised at least once."""
+        return {name: held for name, held in self.held.items() if self.records[name].raised}
+
+    def suspect_since(self) -> int | None:
+        """The first step of the longest run that may yet end the training: of a condition in `stop_on` that holds now."""
+        running = [self.records[name] for name in self.block.stop_on if name in self.records]
+        return min((record.since for record in running if record.running), default=None)
+
     def metrics(self) -> dict[str, float]:
         """`signals/<name>`: 1.0 while the condition is up, of those that are on and were measured."""
-        return {f"signals/{name}": float(r.running >= self.block.patience) for name, r in self.records.items()}
+        return {f"signals/{name}": float(r.running >= self._patience(name)) for name, r in self.records.items()}
+
+    def _patience(self, name: str) -> int:
+        return self.block.evaluations if name == "over_optimisation" else self.block.patience
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to continue; JSON-serialisable."""
@@ -190,7 +205,8 @@ class Watch:
             record.since = self.steps
         record.running += 1
         record.held += 1
-        if record.running != self.block.patience:
+        if record.running != self._patience(name):
             return []
+        record.raised += 1
         times = f"{record.running} {unit}{'s' if record.running > 1 else ''}"
         return [Raised(name, f"{name}: {found}, for {times}, since step {record.since}: {advice}")]

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import checkpoint, engine
-from pipeline.config.schema import Ppo
+from pipeline.config.schema import Ppo, Sampling
 from pipeline.data.encode import Encoder, Prompt
 from pipeline.errors import Trouble
 from pipeline.generation.rollout import Rollout, keys
 from pipeline.stage import Context, Stopped
 from pipeline.tracking import Tracker
 from stages.ppo.advantage import ESTIMATORS
+from stages.ppo.canary import canary
 from stages.ppo.ema import Ema
 from stages.ppo.experience import Experience, Judged, experience, judge, kl_estimator
 from stages.ppo.kl import Controller, estimate
@@ -31,10 +32,6 @@ from stages.ppo.scores import RunningScores
 from stages.ppo.signals import Raised, Watch
 from stages.ppo.stream import Stream
 from stages.ppo.update import Updater
-
-CANARY_TOLERANCE = {"fp32": 1e-3, "bf16": 0.08, "fp16": 0.02}
-"""Largest mean difference, in nats per token, between rollout and training log-probabilities; a wrong position or mask
-gives tenths of a nat or more."""
 
 
 @dataclass
@@ -68,6 +65,7 @@ class Loop:
     ema: Ema | None
     step: int = 0
     skipped: int = 0
+    checked: bool = False
     best: float | None = None
     best_step: int = 0
     stale: int = 0
@@ -82,13 +80,13 @@ class Loop:
     def run(self, tracker: Tracker) -> None:
         """Steps from where the loop stands to the end. Raises Stopped after saving when asked to stop, and Trouble when
         training cannot go on."""
-        block, first = self.block, self.step
+        block = self.block
         if block.early_stopping and self.stale >= block.early_stopping:
             return  # resumed from the checkpoint at which training ended early
-        for step in range(first, block.steps):
+        for step in range(self.step, block.steps):
             clock = Clock()
             try:
-                batch = self.collect(step, clock, check=step == first)
+                batch = self.collect(step, clock)
                 with clock.phase("train"):
                     metrics = self.learn(batch, step)
             except Skipped as reason:
@@ -98,7 +96,8 @@ class Loop:
             metrics |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
             raised: list[Raised] = []
             if "objective/kl" in metrics:
-                self.kl.update(metrics["objective/kl"], block.rollout_batch)
+                if step >= block.freezing_actor_steps:  # until then there is no KL to steer by
+                    self.kl.update(metrics["objective/kl"], block.rollout_batch)
                 metrics["tokens_per_second"] = float(batch.mask.sum()) / max(spent, 1e-9)
                 raised = self.watch.step(metrics)
                 if step % block.sample_every == 0:
@@ -108,8 +107,8 @@ class Loop:
             if self.boundary(tracker):
                 break
 
-    def collect(self, step: int, clock: Clock, *, check: bool = False) -> Experience:
-        """The rollout of `step`, judged: what the update learns from. `check` runs the canary too. Collective."""
+    def collect(self, step: int, clock: Clock) -> Experience:
+        """The rollout of `step`, judged: what the update learns from; the first of a process after the canary. Collective."""
         block, count = self.block, self.block.rollout_batch // self.block.samples_per_prompt
         prompts = self.prompts.take(step * count, count)
         rows = [prompt.row for prompt in self.share(prompts, block.samples_per_prompt)]
@@ -127,12 +126,14 @@ class Loop:
             except Trouble as trouble:
                 self.fail({n: engine.gather_rows(t) for n, t in vars(rollout).items()}, step, str(trouble))
             logprobs, reference, values, entropy = judge(self.engine, rollout, block.sampling.temperature, self.micro)
-            if check:
-                self.canary(rollout, logprobs)
             judged = Judged(rollout, logprobs, reference, values, entropy, scores, parts, baseline)
             batch = experience(judged, block, self.kl.coef, self.running)
             if bad := batch.not_finite():
                 self.fail(batch.tensors(), step, f"{bad[0]} of response {bad[1]} are not finite")
+            if not self.checked:
+                if dead := canary(self, prompts, rollout, logprobs):
+                    self.fail(batch.tensors(), step, f"canary: {dead}")
+                self.checked = True
         return batch
 
     def learn(self, batch: Experience, step: int) -> dict[str, float]:
@@ -152,7 +153,14 @@ class Loop:
         return [prompts[row // samples] for row in range(self.rank * share, (self.rank + 1) * share)]
 
     def sample(
-        self, prompts: list[Prompt], step: int, samples: int = 1, *, greedy: bool = False, seed_offset: int = 0
+        self,
+        prompts: list[Prompt],
+        step: int,
+        samples: int = 1,
+        *,
+        greedy: bool = False,
+        seed_offset: int = 0,
+        sampling: Sampling | None = None,
     ) -> Rollout:
         """This rank's part of `samples` responses to each of `prompts` (in all a multiple of the ranks), by the policy as
         it is. Responses to one prompt are next to each other."""
@@ -166,7 +174,7 @@ class Loop:
                 "policy",
                 [prompt.ids for prompt in mine],
                 None if greedy else noise,
-                block.sampling,
+                sampling or block.sampling,
                 pad=self.encoder.tokenizer.pad_token_id,
                 eos=self.eos,
                 synced=self.synced,
@@ -182,10 +190,16 @@ class Loop:
         rollout = self.sample(padded, 0, seed_offset=1)
         try:
             scores, _ = self.rewards(self.engine, rollout, rows, self.micro)
-            gold = self.gold(self.engine, rollout, rows, self.micro)[0] if self.gold is not None else None
         except Skipped as reason:
             self._tell(f"an evaluation is left out: {reason}")
             return {}
+        except Trouble as trouble:
+            self.fail({n: engine.gather_rows(t) for n, t in vars(rollout).items()}, self.step - 1, str(trouble))
+        gold = None
+        try:
+            gold = self.gold(self.engine, rollout, rows, self.micro)[0] if self.gold is not None else None
+        except (Skipped, Trouble) as reason:  # it is watched, not trained on: training goes on without it
+            self._tell(f"the gold score is left out: {reason}")
         logprobs, reference, _, _ = judge(self.engine, rollout, self.block.sampling.temperature, self.micro)
         kl = (estimate(logprobs, reference, kl_estimator(self.block)) * rollout.mask).sum(1)
         scores, kl, lengths = (engine.gather_rows(column)[:count] for column in (scores, kl, rollout.lengths))
@@ -211,7 +225,7 @@ class Loop:
             improved = bool(metrics) and (self.best is None or metrics["eval/score"] > self.best)
             if improved:
                 self.best, self.best_step, self.stale = metrics["eval/score"], self.step, 0
-            else:
+            elif metrics:
                 self.stale += 1
         stopping = self.context.stop_requested()
         early = bool(block.early_stopping and self.stale >= block.early_stopping)
@@ -227,6 +241,10 @@ class Loop:
         for signal in raised:
             self._tell(f"warning: {signal.message}")
             if signal.name in self.block.signals.stop_on:
+                since = self.watch.suspect_since()
+                if self.context.is_main and since is not None:
+                    checkpoint.set_aside(self.context.checkpoints, since)
+                dist.barrier()
                 self.fail(None, self.step - 1, f"{signal.message} (the recipe stops on {signal.name})")
 
     def skip(self, reason: Skipped) -> dict[str, float]:
@@ -248,7 +266,11 @@ class Loop:
             if self.context.is_main:
                 file.parent.mkdir(exist_ok=True)
                 torch.save({name: value.cpu() for name, value in batch.items()}, file)
-        lines.append("  the last complete checkpoint is kept; mend the cause and run the same command again")
+            dist.barrier()  # no rank ends the job before the file is whole
+        lines.append(
+            "  the last good checkpoint is kept; the same command goes on from it once the cause is gone (another recipe or "
+            "reward function is other work and starts anew)"
+        )
         raise Trouble("\n".join(lines))
 
     def save(self) -> None:
@@ -264,8 +286,11 @@ class Loop:
         }
         engine.save(self.engine, self.context.checkpoints, self.step, state, self.ema.save if self.ema else None)
         if self.context.is_main:
-            best = self.context.checkpoints / f"step-{self.best_step}" if self.block.publish == "best" else None
-            checkpoint.rotate(self.context.checkpoints, self.block.keep_checkpoints, best)
+            kept = [self.best_step] if self.block.publish == "best" else []
+            if (since := self.watch.suspect_since()) is not None:
+                kept += [n for n in checkpoint.steps(self.context.checkpoints) if n < since][-1:]
+            folders = [self.context.checkpoints / f"step-{number}" for number in kept]
+            checkpoint.rotate(self.context.checkpoints, self.block.keep_checkpoints, *folders)
         dist.barrier()
 
     def resume(self, folder: Path) -> None:
@@ -276,33 +301,3 @@ class Loop:
         self.watch.load(state["signals"])
         if self.ema is not None:
             self.ema.load(folder)
-
-    def canary(self, rollout: Rollout, logprobs: Tensor) -> None:
-        """Stop a run that does not see its own policy: rollout and training must agree on the log-probabilities of the
-        sampled tokens, and a trained adapter must make a difference."""
-        difference = ((rollout.logprobs - logprobs).abs().sum() / rollout.mask.sum()).reshape(1)
-        dist.all_reduce(difference, op=dist.ReduceOp.MAX)
-        limit = CANARY_TOLERANCE[self.block.base.dtype]
-        if not float(difference) <= limit:
-            raise Trouble(
-                f"canary: rollout and training log-probabilities differ by {float(difference):.4f} nats per "
-                f"token, more than {limit} allows in {self.block.base.dtype}; the rollout engine and the "
-                "training forward do not see the same positions, mask or adapter"
-            )
-        if "base" in self.engine.module.roles:
-            width = rollout.logprobs.shape[1]
-            with self.engine.module.evaluating():
-                bare, _ = self.engine(
-                    "log_probs",
-                    "base",
-                    rollout.tokens[: self.micro],
-                    rollout.prompt_lengths[: self.micro],
-                    rollout.lengths[: self.micro],
-                    width,
-                    self.block.sampling.temperature,
-                )
-            same = torch.tensor([float(torch.equal(bare, logprobs[: self.micro]))])
-            same = same.to(self.engine.device)
-            dist.all_reduce(same, op=dist.ReduceOp.MAX)
-            if bool(same.item()):
-                raise Trouble("canary: the policy's trained adapter changes nothing; it is not the active one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ class Updater:
             order = torch.randperm(block.rollout_batch, generator=generator)
             for minibatch in range(block.minibatches):
                 number = (step * block.epochs + epoch) * block.minibatches + minibatch
-                self._set_learning_rates(step, number)
+                self._set_learning_rates(number)
                 chosen = order[minibatch * self.size : (minibatch + 1) * self.size].to(batch.mask.device)
                 found = self._minibatch(batch, chosen, step, number, kl_coef)
                 sums, updates = sums + found, updates + 1
@@ -81,12 +82,12 @@ class Updater:
         mixed, targets = self.ptx.parts(number, self.rank, self.world, self.accumulation) if self.ptx else ([], 1)
         for part, index in enumerate(dealt(lengths, self.rank, self.world, self.micro)):
             loss, found = self.losses(batch.rows(chosen[index]), tokens, kl_coef)
+            self._backward(loss)
             if self.ptx:
+                # A backward pass of its own: ZeRO-3 with recomputed activations keeps one gradient of a weight for each.
                 supervised = self.ptx.loss(self.engine, mixed[part])
-                loss = loss + self.ptx.coef(step) * supervised / targets
+                self._backward(self.ptx.coef(step) * supervised / targets)
                 found[-2] = float(supervised.detach())
-            self.engine.backward(loss * self.world, scale_wrt_gas=False)
-            self.engine.step()
             sums += found
         sums[-1] = targets / self.world
         if self.block.base.dtype != "fp16" and self.clipping.steps == before:
@@ -94,6 +95,10 @@ class Updater:
                 "a gradient is not finite"
             )  # in fp16 such a step lowers the loss scale; elsewhere nothing would mend
         return sums
+
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * self.world, scale_wrt_gas=False)
+        self.engine.step()
 
     def losses(self, rows: Experience, tokens: float, kl_coef: float) -> tuple[Tensor, Tensor]:
         """(this micro-batch's share of the minibatch's mean loss, its sums); the minibatch has `tokens` response tokens."""
@@ -138,6 +143,8 @@ class Updater:
         shared = sums.to(self.engine.device, torch.float32)
         dist.all_reduce(shared)
         mean = dict(zip(COLUMNS, (shared / shared[COLUMNS.index("tokens")]).tolist(), strict=False))
+        if not math.isfinite(mean["policy"] + mean["value"]):
+            raise Trouble("the loss is not finite")
         cells, filled, supervised, targets = shared[-len(OTHERS) :].tolist()
         critic = {"loss/value_avg": mean["value"], "val/clipfrac_avg": mean["value_clipped"]} if self.critic else {}
         ptx = {"loss/ptx_avg": supervised / targets} if self.ptx else {}
@@ -155,10 +162,12 @@ class Updater:
             **{f"grad_norm/{name}": norm for name, norm in self.clipping.norms.items()},
         }
 
-    def _set_learning_rates(self, step: int, update: int) -> None:
+    def _set_learning_rates(self, update: int) -> None:
+        """The policy's schedule begins when it is no longer frozen."""
         block = self.block
-        total = block.steps * block.epochs * block.minibatches
+        per_step = block.epochs * block.minibatches
         for group in self.engine.optimizer.param_groups:
-            frozen = group["name"] == "policy" and step < block.freezing_actor_steps
-            factor = 0.0 if frozen else engine.learning_rate_factor(self.schedules[group["name"]], update, total)
+            waits = block.freezing_actor_steps * per_step if group["name"] == "policy" else 0
+            schedule, total = self.schedules[group["name"]], block.steps * per_step - waits
+            factor = engine.learning_rate_factor(schedule, update - waits, total) if update >= waits else 0.0
             group["lr"] = group["peak_lr"] * factor

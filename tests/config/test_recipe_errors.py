@@ -205,6 +205,31 @@ CASES: dict[str, Case] = {
         "stages.ppo.signals.stop_on",
         ["kl_budget has no threshold", "set signals.kl_budget"],
     ),
+    "signal of a critic that is not there": (
+        {"stages.ppo.advantage_estimator": "remax", "stages.ppo.signals": {"stop_on": ["explained_variance"]}},
+        "stages.ppo.signals.stop_on",
+        ["explained_variance is a critic's", "remax has none"],
+    ),
+    "actor that waits for no critic": (
+        {"stages.ppo.advantage_estimator": "remax", "stages.ppo.freezing_actor_steps": 2},
+        "stages.ppo.freezing_actor_steps",
+        ["remax has no critic to wait for"],
+    ),
+    "actor that waits for ever": (
+        {"stages.ppo.freezing_actor_steps": 10**6},
+        "stages.ppo.freezing_actor_steps",
+        ["would wait for all", "at most"],
+    ),
+    "coefficient that cannot adapt": (
+        {"stages.ppo.kl": {"coef": 0, "target": 6.0}},
+        "stages.ppo.kl.coef",
+        ["starts at 0 stays there"],
+    ),
+    "horizon of less than a step": (
+        {"stages.ppo.kl": {"target": 6.0, "horizon": 12}},
+        "stages.ppo.kl.horizon",
+        ["could take all of the coefficient away", "above rollout_batch / 5"],
+    ),
     "average that is not kept": ({"stages.ppo.publish": "ema"}, "stages.ppo", ["publish: ema needs ema_decay"]),
     "supervised rows that do not divide": (
         {"stages.ppo.ptx": {"data": [{"path": "rows.jsonl"}], "batch": 7}},

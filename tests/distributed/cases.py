@@ -57,8 +57,21 @@ def _weights(loop: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def one_update(recipe: str, run_dir: str, overrides: list[str], target: str) -> dict[str, Any]:
-    """Roll out, judge and update once; rank 0 saves tokens and each parameter's change to `target`."""
+def one_update(
+    recipe: str, run_dir: str, overrides: list[str], target: str, chunk: int | None = None
+) -> dict[str, Any]:
+    """Roll out, judge and update once; rank 0 saves tokens and each parameter's change to `target`. `chunk` bounds the
+    logits that the output head gives at a time."""
+    from pipeline.model import likelihood
+
+    whole, likelihood.CHUNK_ELEMENTS = likelihood.CHUNK_ELEMENTS, chunk or likelihood.CHUNK_ELEMENTS
+    try:
+        return _one_update(recipe, run_dir, overrides, target)
+    finally:
+        likelihood.CHUNK_ELEMENTS = whole
+
+
+def _one_update(recipe: str, run_dir: str, overrides: list[str], target: str) -> dict[str, Any]:
     loop, batch = _collected(recipe, run_dir, overrides)
     before = _weights(loop)
     stats = loop.update(batch, 0, loop.kl.coef)

@@ -14,21 +14,21 @@ from tests.support.stages import run
 
 def ppo_and_canary(recipe: str, run_dir: str, overrides: list[str]) -> list[float]:
     """Run PPO; the largest difference, per checked rollout, between rollout and training log-probabilities."""
-    from stages.ppo.train import Loop
+    import stages.ppo.train as train
 
     seen: list[float] = []
-    original = Loop.canary
+    original = train.canary
 
-    def canary(self: Any, rollout: Any, logprobs: torch.Tensor) -> None:
+    def canary(loop: Any, prompts: Any, rollout: Any, logprobs: torch.Tensor) -> str | None:
         seen.append(float((rollout.logprobs - logprobs).abs().max()))
         assert float(rollout.logprobs.abs().max()) > 0.1, "the policy is certain of everything: nothing to compare"
-        original(self, rollout, logprobs)
+        return original(loop, prompts, rollout, logprobs)
 
-    Loop.canary = canary  # type: ignore[method-assign]
+    train.canary = canary
     try:
         run(recipe, "ppo", run_dir, overrides)
     finally:
-        Loop.canary = original  # type: ignore[method-assign]
+        train.canary = original
     return seen
 
 

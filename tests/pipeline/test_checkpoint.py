@@ -113,13 +113,25 @@ def test_rotate_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -> 
 def test_rotate_keeps_the_best(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save(tmp_path, step)
-    checkpoint.rotate(tmp_path, 1, best=tmp_path / "step-20")
+    checkpoint.rotate(tmp_path, 1, tmp_path / "step-20")
     assert names(tmp_path) == ["step-20", "step-40"]
     save(tmp_path, 50)
-    checkpoint.rotate(tmp_path, 1, best=tmp_path / "step-50")
+    checkpoint.rotate(tmp_path, 1, tmp_path / "step-50")
     assert names(tmp_path) == ["step-50"]
-    checkpoint.rotate(tmp_path, 1, best=tmp_path / "step-0")
+    checkpoint.rotate(tmp_path, 1, tmp_path / "step-0")
     assert names(tmp_path) == ["step-50"]
+
+
+def test_suspect_checkpoints_are_set_aside(tmp_path: Path) -> None:
+    """From step 30 on; but never the only ones there are."""
+    for step in (20, 30, 40):
+        save(tmp_path, step)
+    assert checkpoint.steps(tmp_path) == [20, 30, 40]
+    checkpoint.set_aside(tmp_path, 30)
+    assert names(tmp_path) == ["step-20", "step-30.suspect", "step-40.suspect"]
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-20"
+    checkpoint.set_aside(tmp_path, 20)
+    assert checkpoint.steps(tmp_path) == [20]
 
 
 def test_rotate_does_not_delete_good_checkpoints_in_favour_of_a_damaged_one(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ LIMITS = [
 
 def watch(**settings: Any) -> Watch:
     """A Watch on which only the given conditions are on, without patience unless given."""
-    return Watch(Signals(**{**OFF, "patience": 1, **settings}))
+    patience = settings.get("patience", 1)
+    return Watch(Signals(**{**OFF, "patience": patience, "evaluations": patience, **settings}))
 
 
 def names(raised: list[Raised]) -> list[str]:
@@ -193,7 +194,7 @@ def test_a_resumed_run_continues_exactly(cut: int) -> None:
             raised += found.evaluation(scores(float(i), golds[i]))
         return raised
 
-    block = Signals(patience=2, over_optimisation=0.5)
+    block = Signals(patience=2, evaluations=2, over_optimisation=0.5)
     whole, before, after = Watch(block), Watch(block), Watch(block)
     expected = go(whole, 0, 10)
     found = go(before, 0, cut)
@@ -221,3 +222,26 @@ def test_advice_names_settings_that_exist(name: SignalName) -> None:
         for part in setting.split("."):
             assert part in block.model_fields, setting
             block = block.model_fields[part].annotation
+
+
+def test_what_may_end_the_training_began_at() -> None:
+    """Truncation holds from step 2 on, the clip fraction from step 3 on, and only the latter is stopped on at first."""
+    found = watch(patience=5, truncated_responses=0.5, clip_fraction=0.5, stop_on=["clip_fraction"])
+    for truncated, clipped in ((0.0, 0.0), (1.0, 0.0)):
+        found.step({"val/truncated_responses": truncated, "policy/clipfrac_avg": clipped})
+        assert found.suspect_since() is None
+    found.step({"val/truncated_responses": 1.0, "policy/clipfrac_avg": 1.0})
+    assert found.suspect_since() == 3
+    both = Watch(Signals(patience=5, stop_on=["clip_fraction", "truncated_responses"]))
+    both.load(found.state())
+    assert both.suspect_since() == 2
+    assert found.raised == {}
+
+
+def test_only_what_was_raised_is_told_at_the_end() -> None:
+    found = watch(patience=2, truncated_responses=0.5)
+    for share in (1.0, 0.0, 1.0):
+        found.step({"val/truncated_responses": share})
+    assert (found.held, found.raised) == ({"truncated_responses": 2}, {})
+    found.step({"val/truncated_responses": 1.0})
+    assert found.raised == {"truncated_responses": 3}
