@@ -1,10 +1,12 @@
-"""Fixtures: real test data found through RELAY_TEST_DATA, warm ranks, tiny models."""
+"""Fixtures: real test data found through RELAY_TEST_DATA, golden numbers through RELAY_GOLDEN, warm ranks, tiny models."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,3 +46,18 @@ def test_data() -> Path:
     if not (folder / "stories260K").is_dir():
         pytest.skip(f"no test data in {folder}; set RELAY_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def read_golden() -> Callable[[str], dict[str, Any]]:
+    """`read_golden(name)`: inputs and outputs of DeepSpeed-Chat's own functions (commit 3d83278f, fp32), from the folder
+    RELAY_GOLDEN, by default `shared/golden` beside the repository; tests are skipped, visibly, where they are absent."""
+    folder = Path(os.environ.get("RELAY_GOLDEN") or ROOT.parent / "shared" / "golden")
+
+    def read(name: str) -> dict[str, Any]:
+        file = folder / f"{name}.json"
+        if not file.is_file():
+            pytest.skip(f"golden numbers are not there: {file}; set RELAY_GOLDEN to their folder")
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+    return read

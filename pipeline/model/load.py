@@ -164,8 +164,12 @@ def _fit(model: Any, tok: Any) -> None:
     """Give the model a row for an added pad token, and tell its config which tokens pad and end."""
     if tok.pad_token_id >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(tok.pad_token_id + 1, mean_resizing=False)
-        for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-            _mean_row(layer.weight)
+        for layer in (
+            model.get_input_embeddings(),
+            model.get_output_embeddings(),
+        ):  # in one order: collective under ZeRO-3
+            if layer is not None:
+                _mean_row(layer.weight)
     if tok.pad_token == ADDED_PAD and model.get_output_embeddings() is not None:
         model.get_output_embeddings().register_forward_hook(_never(tok.pad_token_id))
     text = model.config.get_text_config()

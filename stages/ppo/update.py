@@ -90,10 +90,9 @@ class Updater:
                 found[-2] = float(supervised.detach())
             sums += found
         sums[-1] = targets / self.world
+        # In fp16 a step that is left out lowers the loss scale; in other dtypes nothing would mend.
         if self.block.base.dtype != "fp16" and self.clipping.steps == before:
-            raise Trouble(
-                "a gradient is not finite"
-            )  # in fp16 such a step lowers the loss scale; elsewhere nothing would mend
+            raise Trouble("a gradient is not finite")
         return sums
 
     def _backward(self, loss: Tensor) -> None:

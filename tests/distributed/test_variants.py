@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.handoff import read_manifest
 from pipeline.model.load import ADDED_PAD, PAD_NAMES
+from tests.distributed.test_ppo_ranks import SGD
 from tests.support import tiny
 from tests.support.session import Ranks
 
@@ -33,15 +34,6 @@ SHORT = {
     "stages__ppo__sampling__max_response_length": 8,
 }
 FULL = ["stages.ppo.adapter.method=full", "stages.ppo.lr=1.0e-3"]
-SGD = [
-    "stages.ppo.optimizer=sgd",
-    "stages.ppo.lr=50.0",
-    "stages.ppo.critic.lr=5.0",
-    "stages.ppo.max_grad_norm=0",
-    "stages.ppo.warmup=0",
-    "stages.ppo.minibatches=1",
-    "stages.ppo.lr_schedule=constant",
-]
 
 
 class Case:
@@ -421,14 +413,14 @@ def padless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_added_pad(ranks: Get, padless: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "zero"), [("lora", "zero2"), ("full", "zero2"), ("full", "zero3")])
+def test_added_pad(ranks: Get, padless: Path, tmp_path: Path, method: str, zero: str) -> None:
     """The pad gets a row of its own during training; an adapter still opens on the base as it is."""
     vocabulary = json.loads((padless / "config.json").read_text())["vocab_size"]
     own = AutoTokenizer.from_pretrained(padless)
     assert own.pad_token_id is None
     assert len(own) == vocabulary
-    recipe = tiny.recipe(tmp_path / "tiny.yaml", padless, **SHORT)
+    recipe = tiny.recipe(tmp_path / "tiny.yaml", padless, **SHORT, deepspeed__config=zero)
     case, overrides = Case(ranks, recipe, tmp_path / "run"), FULL if method == "full" else []
     case.call("tests.support.stages:chain", overrides=overrides, world=2)
     published = AutoTokenizer.from_pretrained(case.dir / "ppo" / "output")

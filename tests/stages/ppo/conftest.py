@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-
 
 @pytest.fixture(scope="session")
-def golden() -> SimpleNamespace:
+def golden(read_golden: Callable[[str], dict[str, Any]]) -> SimpleNamespace:
     """DeepSpeed-Chat's inputs and outputs on the response part, float32 [3, 6]: step t emits response token t.
 
     There `pad == eos`, and the EOS of a reply counts as padding: `lengths` [3] (its n) leaves EOS out, `mask` is 1 on
     those n tokens, and the score is added one step past them, at most on the last step. `emitted` [3] counts EOS, as
-    Relay does. Read from the folder RELAY_GOLDEN, by default `shared/golden` beside the repository.
+    Relay does.
     """
-    folder = Path(os.environ.get("RELAY_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
-    file = folder / "dschat_ppo.json"
-    if not file.is_file():
-        pytest.skip(f"golden numbers are not there: {file}; set RELAY_GOLDEN to their folder")
-    raw = json.loads(file.read_text(encoding="utf-8"))
+    raw = read_golden("dschat_ppo")
     start, pad = raw["P"] - 1, 2
 
     def response(name: str) -> Tensor:
