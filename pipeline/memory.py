@@ -254,7 +254,7 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
     rewards = [_published(recipe, name, block.base, speaks=False) for name in names]
     if not estimators()[block.advantage_estimator].critic:
         return [policy, reference, *rewards]
-    if block.critic.init == "reward":
+    if block.critic.start == "reward":
         critic = replace(
             rewards[0],
             weights=_below(recipe, stage, names[0]),
@@ -263,7 +263,7 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
     else:
         critic = (
             policy
-            if block.critic.init == "policy"
+            if block.critic.start == "policy"
             else replace(policy, weights=block.base.model, model=block.base.model)
         )
     return [policy, reference, replace(critic, speaks=False, adapter=adapter, trained=True), *rewards]

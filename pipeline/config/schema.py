@@ -272,28 +272,43 @@ class Kl(Block):
 class Sampling(Block):
     """How replies are sampled; `batch` prompts at a time on each rank, which bounds memory and changes no token.
 
-    `engine: hf` is Hugging Face's `generate`; `static` decodes `batch` slots in a preallocated cache and gives the slot of
-    a finished response to the next prompt (a model that it does not know falls back to `hf`, in one line).
+    `engine: static` decodes `batch` slots in a preallocated cache and gives the slot of a finished response to the next
+    prompt (a model that it does not know falls back to `hf`, in one line); `hf` is Hugging Face's `generate`; `deepspeed` is
+    DeepSpeed's hybrid engine. `adapter` says how the policy's adapter is applied meanwhile: `unmerged`, or `merged` into a
+    copy of the weights, which `auto` makes where the memory plan has room for it.
     """
 
-    engine: Literal["hf", "static"] = "hf"
+    engine: Literal["static", "hf", "deepspeed"] = "static"
+    adapter: Literal["auto", "merged", "unmerged"] = "auto"
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     max_prompt_length: Positive = 256
     max_response_length: Positive = 256
     batch: Positive = 64
 
 
 class Critic(Block):
-    """The critic's own optimizer settings and what it starts from. Settings not given are the policy's."""
+    """What the critic is, what it starts from, and its own optimizer settings; those not given are the policy's.
 
-    init: Literal["reward", "policy", "base"] = "reward"
+    `kind: adapter` is an adapter and a head of its own on a shared base; `head` a value head alone on the policy's hidden
+    states, which saves a pass and sends no gradient into the policy; `model` a separate model, trained whole. Under full
+    fine-tuning `adapter` means `model`. `init` is `reward` unless given, and `policy` for a head.
+    """
+
+    kind: Literal["adapter", "head", "model"] = "adapter"
+    init: Literal["reward", "policy", "base"] | None = None
     lr: Annotated[float, Field(gt=0.0)] | None = None
     lr_schedule: Literal["constant", "linear", "cosine"] | None = None
     warmup: NonNegative | None = None
     weight_decay: NonNegative | None = None
     max_grad_norm: NonNegative | None = None
+
+    @property
+    def start(self) -> str:
+        """What the critic's weights start as."""
+        return self.init or ("policy" if self.kind == "head" else "reward")
 
 
 class Overlong(Block):

@@ -46,10 +46,10 @@ def parts(context: Context) -> dict[str, Part]:
 def _critic(context: Context, policy: Part, rewards: dict[str, Part]) -> Part:
     block = cast(Ppo, context.block)
     full = block.adapter.method == "full"
-    if block.critic.init == "base":
+    if block.critic.start == "base":
         base = block.base.model_copy(update={"model": context.base})
         return Part(base, None if full else (None, None), {}, trained=True, own=full)
-    if block.critic.init == "policy":
+    if block.critic.start == "policy":
         return Part(policy.base, policy.adapter, {}, trained=True, own=full)
     reward = rewards["reward"]
     below, continued = begin.base_below(context, context.batons[reward_stages(*block.reward)[0]], "classifier")
