@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline.config.schema import Sampling
-from pipeline.generation.rollout import Rollout, at_position, gumbel
+from pipeline.generation.rollout import Rollout, at_position, pick
 
 
 class CounterSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling with counter-based noise, and keeps the log-probability of each token.
+    """Leaves greedy decoding one token: the sampled one, by counter-based noise; keeps its log-probability.
 
     `keys` is int64 [B], or None for greedy decoding.
     """
@@ -24,27 +24,10 @@ class CounterSampling(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprobs = torch.log_softmax(scores.float() / self.sampling.temperature, dim=-1)
-        noisy = logprobs
-        if self.keys is not None:
-            noisy = truncated(logprobs, self.sampling) + gumbel(
-                at_position(self.keys, len(self.logprobs)), scores.shape[1]
-            )
-        self.logprobs.append(logprobs.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(1))
-        return noisy
-
-
-def truncated(logprobs: Tensor, sampling: Sampling) -> Tensor:
-    """`logprobs` [B, V] with -inf outside the top-k tokens and outside the smallest set whose probability reaches top-p."""
-    if sampling.top_k:
-        lowest = logprobs.topk(min(sampling.top_k, logprobs.shape[-1]), dim=-1).values[:, -1:]
-        logprobs = logprobs.masked_fill(logprobs < lowest, float("-inf"))
-    if sampling.top_p < 1.0:
-        ordered, index = logprobs.sort(dim=-1, descending=True)
-        share = ordered.softmax(-1)
-        before = share.cumsum(-1) - share
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= sampling.top_p)
-        logprobs = logprobs.masked_fill(drop, float("-inf"))
-    return logprobs
+        keys = None if self.keys is None else at_position(self.keys, len(self.logprobs))
+        chosen = pick(logprobs, keys, self.sampling).unsqueeze(1)
+        self.logprobs.append(logprobs.gather(1, chosen).squeeze(1))
+        return torch.full_like(logprobs, float("-inf")).scatter_(1, chosen, 0.0)
 
 
 @torch.no_grad()

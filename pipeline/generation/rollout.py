@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pipeline.config.schema import Sampling
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,36 @@ def join(parts: list[Rollout], pad: int) -> Rollout:
     )
 
 
-def gumbel(keys: Tensor, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise, float32 [B, vocabulary], a pure function of `keys` [B] and the token id.
+def pick(logprobs: Tensor, keys: Tensor | None, sampling: Sampling) -> Tensor:
+    """One token per row of `logprobs` float32 [B, V]: sampled, or the likeliest where `keys` is None; int64 [B].
 
-    Adding it to log-probabilities and taking the argmax samples from them (the Gumbel-max trick), so that a token depends
-    on its key alone: not on ranks, batching or order. The bits come from a 32-bit integer mixer (Wellons' lowbias32).
+    The inverse of the cumulative distribution at one number per row that is a pure function of its key (int64 [B]): a token
+    depends on its key and its distribution alone, not on ranks, batching or order.
     """
-    ids = torch.arange(vocabulary, device=keys.device, dtype=torch.int64)
-    bits = _mix(_mix(keys.unsqueeze(1) & 0xFFFFFFFF) ^ _mix(ids + 0x9E3779B9).unsqueeze(0))
-    uniform = (bits.double() + 0.5) / 4294967296.0
-    return (-torch.log(-torch.log(uniform))).float()
+    if keys is None:
+        return logprobs.argmax(-1)
+    cumulative = truncated(logprobs, sampling).exp().cumsum(-1, dtype=torch.float64)
+    uniform = (_mix(keys).double() + 0.5) / 4294967296.0
+    chosen = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
+    return chosen.clamp(max=logprobs.shape[1] - 1)  # NaN, which the caller refuses, is past the end
+
+
+def truncated(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """`logprobs` [B, V] with -inf outside the top-k tokens, then outside the smallest set whose probability reaches top-p,
+    then where the probability is below min-p times the largest (Nguyen et al. 2024, arXiv 2407.01082)."""
+    if sampling.top_k:
+        lowest = logprobs.topk(min(sampling.top_k, logprobs.shape[-1]), dim=-1).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < lowest, float("-inf"))
+    if sampling.top_p < 1.0:
+        ordered, index = logprobs.sort(dim=-1, descending=True)
+        share = ordered.softmax(-1)
+        before = share.cumsum(-1) - share
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= sampling.top_p)
+        logprobs = logprobs.masked_fill(drop, float("-inf"))
+    if sampling.min_p > 0.0:
+        floor = logprobs.max(-1, keepdim=True).values + math.log(sampling.min_p)
+        logprobs = logprobs.masked_fill(logprobs < floor, float("-inf"))
+    return logprobs
 
 
 def keys(seed: int, step: int, prompts: Tensor, sample: Tensor) -> Tensor:
@@ -81,7 +104,7 @@ def at_position(keys: Tensor, position: int | Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """lowbias32 on the low 32 bits of int64; products wrap, and only their low 32 bits are kept."""
+    """Wellons' lowbias32 on the low 32 bits of int64; products wrap, and only their low 32 bits are kept."""
     x = x & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF

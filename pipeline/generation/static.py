@@ -20,8 +20,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pipeline.config.schema import Sampling
-from pipeline.generation.hf import pack, truncated
-from pipeline.generation.rollout import Rollout, at_position, gumbel
+from pipeline.generation.hf import pack
+from pipeline.generation.rollout import Rollout, at_position, pick
 
 log = logging.getLogger(__name__)
 
@@ -228,11 +228,8 @@ class _Run:
         logits = self._forward(token.unsqueeze(1), position.unsqueeze(1), mask)
 
         logprobs = torch.log_softmax(logits.float() / self.sampling.temperature, dim=-1)
-        noisy = logprobs
-        if self.keys is not None:
-            noise = gumbel(at_position(self.keys[prompt], step), logits.shape[1])
-            noisy = truncated(logprobs, self.sampling) + noise
-        chosen = noisy.argmax(-1)
+        keys = None if self.keys is None else at_position(self.keys[prompt], step)
+        chosen = pick(logprobs, keys, self.sampling)
         self.tokens[prompt, step] = chosen
         self.logprobs[prompt, step] = logprobs.gather(1, chosen.unsqueeze(1)).squeeze(1)
 

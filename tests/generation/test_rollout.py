@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config.schema import Sampling
-from pipeline.generation.hf import pack, sample, truncated
-from pipeline.generation.rollout import Rollout, at_position, gumbel, keys
+from pipeline.generation.hf import pack, sample
+from pipeline.generation.rollout import Rollout, at_position, keys, pick, truncated
 
 pytestmark = pytest.mark.fast
 
@@ -36,13 +36,27 @@ def row_keys(rows: int, *, step: int = 0, seed: int = 0) -> Tensor:
     return keys(seed, step, numbers, torch.zeros_like(numbers))
 
 
-def test_noise_is_the_published_mixer() -> None:
-    """Against the same integers in NumPy's uint32 arithmetic."""
-    words = np.array([0, 1, 2, 12345, 2**31, 2**32 - 1], dtype=np.uint32)
-    ids = np.arange(50, dtype=np.uint32) + np.uint32(0x9E3779B9)
-    bits = lowbias32(lowbias32(words)[:, None] ^ lowbias32(ids)[None, :])
-    expected = -np.log(-np.log((bits + 0.5) / 2.0**32))
-    np.testing.assert_allclose(gumbel(torch.tensor(words.astype(np.int64)), 50).numpy(), expected, rtol=1e-6, atol=1e-6)
+def inverse(probabilities: NDArray[np.float64], keys: Tensor) -> list[int]:
+    """The token at which each row's cumulative probability [B, V] first exceeds the row's number in (0, 1)."""
+    uniform = (lowbias32(keys.numpy().astype(np.uint32)) + 0.5) / 2.0**32
+    cumulative = np.cumsum(probabilities / probabilities.sum(1, keepdims=True), axis=1)
+    return [int(np.searchsorted(row, u, side="right")) for row, u in zip(cumulative, uniform, strict=True)]
+
+
+def test_a_token_is_the_inverse_of_the_distribution_at_the_published_mixer() -> None:
+    """Against the mixer in NumPy's uint32 arithmetic and the inverse in float64."""
+    words = torch.tensor([0, 1, 2, 12345, 2**31, 2**32 - 1])
+    logprobs = torch.log_softmax(torch.randn(6, 50, generator=torch.Generator().manual_seed(4)), -1)
+    assert pick(logprobs, words, Sampling()).tolist() == inverse(np.exp(logprobs.double().numpy()), words)
+    assert pick(logprobs, None, Sampling()).tolist() == logprobs.numpy().argmax(1).tolist()
+
+
+def test_no_token_of_probability_zero_is_drawn() -> None:
+    """Nor one outside the vocabulary, for NaN; which every key would draw."""
+    never = float("-inf")
+    logprobs = torch.tensor([[never, 0.0, never], [never, never, 0.0], [0.0, never, never]]).repeat(200, 1)
+    assert pick(logprobs, row_keys(600), Sampling()).view(-1, 3).unique(dim=0).tolist() == [[1, 2, 0]]
+    assert 0 <= int(pick(torch.full((1, 5), float("nan")), row_keys(1), Sampling())) < 5
 
 
 def test_keys_are_the_published_mixer() -> None:
@@ -53,27 +67,18 @@ def test_keys_are_the_published_mixer() -> None:
     assert found.tolist() == key.tolist()
 
 
-def test_noise_is_a_function_of_key_and_token() -> None:
-    """Not of the batch's order or size, the vocabulary's size, the call's number or torch's generator."""
+def test_a_token_is_a_function_of_key_and_distribution() -> None:
+    """Not of the batch's order or size, of tokens of probability zero behind, the call's number or torch's generator."""
     rows = row_keys(64)
-    whole = gumbel(rows, 50)
+    logprobs = torch.log_softmax(torch.randn(64, 50, generator=torch.Generator().manual_seed(5)), -1)
+    whole = pick(logprobs, rows, Sampling())
     torch.manual_seed(123)
     order = torch.randperm(64)
-    assert torch.equal(gumbel(rows[order], 50), whole[order])
-    assert torch.equal(torch.cat([gumbel(key.reshape(1), 50) for key in rows]), whole)
-    assert torch.equal(gumbel(rows, 20), whole[:, :20])
-    assert len(torch.unique(whole)) > 0.99 * whole.numel()
-
-
-def test_noise_is_standard_gumbel() -> None:
-    """Mean 0.5772 and variance pi^2 / 6 within five standard errors; finite at the extremes of the uniform."""
-    noise = gumbel(row_keys(20000), 50).double().numpy()
-    assert np.isfinite(noise).all()
-    assert noise.mean() == pytest.approx(np.euler_gamma, abs=5 * 1.2825 / 1000)
-    assert noise.var() == pytest.approx(np.pi**2 / 6, abs=5 * 3.0 / 1000)
-    share = np.exp(-np.exp(-noise))
-    counts, _ = np.histogram(share, bins=20, range=(0, 1))
-    assert chi_square(counts, np.full(20, 1 / 20)) < limit(19)
+    assert torch.equal(pick(logprobs[order], rows[order], Sampling()), whole[order])
+    assert torch.equal(torch.cat([pick(logprobs[[i]], rows[[i]], Sampling()) for i in range(64)]), whole)
+    wider = torch.nn.functional.pad(logprobs, (0, 20), value=float("-inf"))
+    assert torch.equal(pick(wider, rows, Sampling()), whole)
+    assert len(torch.unique(whole)) > 20
 
 
 def chi_square(counts: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -88,9 +93,10 @@ def limit(freedom: int) -> float:
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_argmax_samples_the_softmax(step: int) -> None:
+def test_tokens_follow_the_softmax(step: int) -> None:
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1)) * 1.5
-    drawn = (torch.log_softmax(logits, -1) + gumbel(at_position(row_keys(20000, step=step), 3), VOCABULARY)).argmax(1)
+    rows = torch.log_softmax(logits, -1).expand(20000, -1)
+    drawn = pick(rows, at_position(row_keys(20000, step=step), 3), Sampling())
     probabilities = torch.softmax(logits.double(), -1).numpy()
     counts = np.bincount(drawn.numpy(), minlength=VOCABULARY)
     assert chi_square(counts, probabilities) < limit(VOCABULARY - 1)
@@ -109,7 +115,7 @@ def test_neighbours_are_independent(other: str) -> None:
         "seed": at_position(keys(1, 0, numbers, zero), 0),
     }[other]
     logits = torch.randn(10, generator=torch.Generator().manual_seed(2)) * 0.5
-    drawn = [(logits + gumbel(k, 10)).argmax(1).numpy() for k in (first, second)]
+    drawn = [pick(torch.log_softmax(logits, -1).expand(20000, -1), k, Sampling()).numpy() for k in (first, second)]
     probabilities = torch.softmax(logits.double(), -1).numpy()
     counts = np.bincount(drawn[0] * 10 + drawn[1], minlength=100)
     assert chi_square(counts, np.outer(probabilities, probabilities).ravel()) < limit(99)
@@ -181,9 +187,22 @@ def test_mask_comes_from_lengths_and_not_from_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(0, 1.0), (5, 1.0), (1, 1.0), (500, 1.0), (0, 0.8), (0, 0.01), (20, 0.5), (3, 0.99)]
+    ("top_k", "top_p", "min_p"),
+    [
+        (0, 1.0, 0.0),
+        (5, 1.0, 0.0),
+        (1, 1.0, 0.0),
+        (500, 1.0, 0.0),
+        (0, 0.8, 0.0),
+        (0, 0.01, 0.0),
+        (20, 0.5, 0.0),
+        (3, 0.99, 0.0),
+        (0, 1.0, 0.1),
+        (0, 1.0, 0.99),
+        (20, 0.9, 0.2),
+    ],
 )
-def test_truncated_against_numpy(top_k: int, top_p: float) -> None:
+def test_truncated_against_numpy(top_k: int, top_p: float, min_p: float) -> None:
     logits = torch.randn(40, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2
     logprobs = torch.log_softmax(logits, -1)
     expected = logprobs.double().numpy().copy()
@@ -193,7 +212,8 @@ def test_truncated_against_numpy(top_k: int, top_p: float) -> None:
         share = np.exp(row[kept]) / np.exp(row[kept]).sum()
         enough = 1 + int(np.searchsorted(np.cumsum(share), top_p)) if top_p < 1 else len(kept)
         row[np.setdiff1d(order, kept[:enough])] = -np.inf
-    found = truncated(logprobs, Sampling(top_k=top_k, top_p=top_p))
+        row[np.exp(row) < min_p * np.exp(row).max()] = -np.inf
+    found = truncated(logprobs, Sampling(top_k=top_k, top_p=top_p, min_p=min_p))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
     assert bool(found.isfinite().any(1).all())
 
@@ -302,7 +322,7 @@ def test_logprobs_are_those_of_a_plain_forward(model: Any) -> None:
     assert [one.response(r) for r in range(5)] == [run(model, PROMPTS, None).response(r) for r in range(5)]
 
 
-def test_sampling_is_argmax_of_truncated_logprobs_plus_noise(model: Any) -> None:
+def test_sampling_inverts_the_truncated_distribution(model: Any) -> None:
     """The engine against a plain loop: one prompt, no padding, no cache, fresh noise at every position."""
     noise = row_keys(5)
     rollout = run(model, PROMPTS, noise)
@@ -311,9 +331,9 @@ def test_sampling_is_argmax_of_truncated_logprobs_plus_noise(model: Any) -> None
         for position in range(int(rollout.lengths[row])):
             with torch.no_grad():
                 logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-            logprobs, kept = torch.log_softmax(logits / 0.7, -1).topk(20)
-            drawn = gumbel(at_position(noise[row], position).reshape(1), VOCABULARY)[0]
-            tokens.append(int(kept[(logprobs + drawn[kept]).argmax()]))
+            probabilities = np.exp(logits.double().numpy() / 0.7)
+            probabilities[np.argsort(-probabilities)[20:]] = 0.0
+            tokens += inverse(probabilities[None], at_position(noise[row], position).reshape(1))
         assert rollout.response(row) == tokens[len(prompt) :]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.schema import Sampling
 from pipeline.generation import hf, static
-from pipeline.generation.rollout import Rollout, gumbel, keys
+from pipeline.generation.rollout import Rollout, keys
 from tests.support.tiny import SHAPES
 
 pytestmark = pytest.mark.fast
@@ -139,16 +140,16 @@ def test_sampled_tokens_are_those_of_the_reference_engine(each: Any, slots: int)
     check_logprobs(each, found, 0.7)
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.6), (12, 0.8)])
-def test_truncated_sampling(model: Any, top_k: int, top_p: float) -> None:
-    sampling = Sampling(temperature=1.3, top_k=top_k, top_p=top_p, max_response_length=12)
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(5, 1.0, 0.0), (0, 0.6, 0.0), (12, 0.8, 0.0), (0, 1.0, 0.3)])
+def test_truncated_sampling(model: Any, top_k: int, top_p: float, min_p: float) -> None:
+    sampling = Sampling(temperature=1.3, top_k=top_k, top_p=top_p, min_p=min_p, max_response_length=12)
     expected = reference(model, sampling)
     check_same(run(model, PROMPTS, row_keys(len(PROMPTS)), sampling), expected)
     assert responses(expected) != responses(reference(model, Sampling(temperature=1.3, max_response_length=12)))
 
 
-def test_tokens_are_argmax_of_logprobs_plus_the_published_noise(model: Any) -> None:
-    """Against fresh noise for each position, computed here from the mixer's definition, after refills and shrinking."""
+def test_tokens_invert_the_distribution_at_the_published_noise(model: Any) -> None:
+    """Against the number of each position, computed here from the mixer's definition, after refills and shrinking."""
 
     def mix(x: int) -> int:
         x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
@@ -159,8 +160,9 @@ def test_tokens_are_argmax_of_logprobs_plus_the_published_noise(model: Any) -> N
     rollout = run(model, PROMPTS, noise)
     for row, logits in enumerate(plain_logits(model, rollout)):
         words = [mix(int(noise[row]) ^ mix((t + 0xC2B2AE35) % 2**32)) for t in range(len(logits))]
-        drawn = torch.log_softmax(logits / 0.7, -1) + gumbel(torch.tensor(words), VOCABULARY)
-        assert rollout.response(row) == drawn.argmax(-1).tolist()
+        cumulative = np.cumsum(torch.softmax(logits.double() / 0.7, -1).numpy(), axis=1)
+        drawn = [int(np.searchsorted(c, (mix(word) + 0.5) / 2**32)) for c, word in zip(cumulative, words, strict=True)]
+        assert rollout.response(row) == drawn
 
 
 def test_eager_attention() -> None:
@@ -208,7 +210,7 @@ def test_a_slot_takes_the_next_prompt_at_once(model: Any) -> None:
     with forwards(model) as seen:
         rollout = run(model, PROMPTS, row_keys(len(PROMPTS)))
     free = [0] * 4
-    for row in sorted(range(len(PROMPTS)), key=lambda row: -LENGTHS[row]):
+    for row in sorted(range(len(PROMPTS)), key=lambda row: (-LENGTHS[row], PROMPTS[row])):
         free[0] += int(rollout.lengths[row])
         free.sort()
     assert sum(columns == 1 for _, columns in seen) == max(free)
