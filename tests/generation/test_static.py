@@ -207,10 +207,11 @@ def test_the_active_adapter_counts() -> None:
 
 def test_a_slot_takes_the_next_prompt_at_once(model: Any) -> None:
     """With four slots, where a quarter is one: as many steps as when the longest waiting prompt goes to the first free one."""
+    prompts = [prompt for prompt in PROMPTS if len(prompt) != 2]  # whose prefill of one column would look like a step
     with forwards(model) as seen:
-        rollout = run(model, PROMPTS, row_keys(len(PROMPTS)))
+        rollout = run(model, prompts, row_keys(len(prompts)))
     free = [0] * 4
-    for row in sorted(range(len(PROMPTS)), key=lambda row: (-LENGTHS[row], PROMPTS[row])):
+    for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row])):
         free[0] += int(rollout.lengths[row])
         free.sort()
     assert sum(columns == 1 for _, columns in seen) == max(free)
