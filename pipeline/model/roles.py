@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.config.schema import Sampling
 from pipeline.generation import hf, static
 from pipeline.generation.rollout import Rollout, join
+from pipeline.generation.whole import Whole
 from pipeline.model.likelihood import of_logits, plain_head, token_log_probs
 
 
@@ -41,6 +42,7 @@ class Roles(nn.Module):
     def __init__(self, trunks: dict[str, Any], heads: dict[str, nn.Linear], roles: dict[str, Role]) -> None:
         super().__init__()
         self._engines: dict[str, str] = {}
+        self._whole: dict[str, Whole] = {}
         self.sharded = False  # set under ZeRO-3, where ranks must call the same modules equally often
         self.trunks, self.heads, self.roles = nn.ModuleDict(trunks), nn.ModuleDict(heads), roles
         self._tuners = {
@@ -98,22 +100,40 @@ class Roles(nn.Module):
 
         All `prompts` are sampled, `sampling.batch` at a time.
         """
-        model, size = self.causal_lm(role), sampling.batch
+        options = {"pad": pad, "eos": eos}
+        if role in self._whole:
+            adapter = self.roles[role].adapter
+            with self._whole[role].of(adapter, sharded=self.sharded) as model:
+                return self._sample(role, model, prompts, noise, sampling, synced=False, **options)
+        return self._sample(role, self.causal_lm(role), prompts, noise, sampling, synced=synced, **options)
+
+    def sample_whole(self, role: str) -> None:
+        """From now on roll `role` out by a copy with its adapter merged in, whole on every rank; before DeepSpeed starts."""
+        self._whole[role] = Whole(self.causal_lm(role))
+
+    def _sample(
+        self,
+        role: str,
+        model: Any,
+        prompts: list[list[int]],
+        noise: Tensor | None,
+        sampling: Sampling,
+        **options: Any,
+    ) -> Rollout:
+        size = sampling.batch
         if self._engine(role, model, sampling) == "static":
-            return static.sample(model, prompts, noise, sampling, pad=pad, eos=eos, synced=synced, slots=size)
+            return static.sample(model, prompts, noise, sampling, slots=size, **options)
         parts = [
             hf.sample(
                 model,
                 prompts[start : start + size],
                 None if noise is None else noise[start : start + size],
                 sampling,
-                pad=pad,
-                eos=eos,
-                synced=synced,
+                **options,
             )
             for start in range(0, len(prompts), size)
         ]
-        return join(parts, pad)
+        return join(parts, options["pad"])
 
     def _engine(self, role: str, model: Any, sampling: Sampling) -> str:
         """The engine that samples `role`; a fallback is told once."""
