@@ -117,6 +117,9 @@ class Roles(nn.Module):
         """From now on roll `role` out by a copy with its adapter merged in, whole on every rank; before DeepSpeed starts."""
         self._whole[role] = Whole(self.causal_lm(role))
 
+    def samples_whole(self, role: str) -> bool:
+        return role in self._whole
+
     def _sample(
         self,
         role: str,

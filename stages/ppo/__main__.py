@@ -111,6 +111,8 @@ def prepare(context: Context, block: Ppo) -> Setup:
     if context.is_main:
         print(f"roles on one copy of their weights: {sharing(roles)}", flush=True)
     roles.sharded = zero == 3
+    if block.sampling.adapter != "unmerged" and (roles.roles["policy"].adapter or roles.sharded):
+        roles.sample_whole("policy")
     if block.gradient_checkpointing:
         roles.checkpoint_activations()
     engine.fit_buckets(config, roles)

@@ -174,8 +174,11 @@ class Loop:
         rows = torch.arange(self.rank * len(mine), (self.rank + 1) * len(mine))
         numbers = rows // samples + step * len(prompts)
         noise = keys(block.seed + seed_offset, step, numbers, rows % samples).to(self.engine.device)
-        with self.engine.module.evaluating():
-            rollout: Rollout = self.engine(
+        roles = self.engine.module
+        # Past the engine where a copy is sampled from: ZeRO-3's hooks would fetch for modules that are not called.
+        call = roles.forward if roles.samples_whole("policy") else self.engine
+        with roles.evaluating():
+            rollout: Rollout = call(
                 "rollout",
                 "policy",
                 [prompt.ids for prompt in mine],
