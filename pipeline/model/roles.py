@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.schema import Sampling
-from pipeline.generation import hf, static
-from pipeline.generation.rollout import Rollout, join
+from pipeline.generation import engines
+from pipeline.generation.rollout import Rollout
 from pipeline.model.likelihood import of_logits, plain_head, token_log_probs
 
 
@@ -40,7 +40,7 @@ class Roles(nn.Module):
 
     def __init__(self, trunks: dict[str, Any], heads: dict[str, nn.Linear], roles: dict[str, Role]) -> None:
         super().__init__()
-        self._engines: dict[str, str] = {}
+        self._engines: dict[tuple[str, str], str] = {}
         self.sharded = False  # set under ZeRO-3, where ranks must call the same modules equally often
         self.trunks, self.heads, self.roles = nn.ModuleDict(trunks), nn.ModuleDict(heads), roles
         self._tuners = {
@@ -98,31 +98,18 @@ class Roles(nn.Module):
 
         All `prompts` are sampled, `sampling.batch` at a time.
         """
-        model, size = self.causal_lm(role), sampling.batch
-        if self._engine(role, model, sampling) == "static":
-            return static.sample(model, prompts, noise, sampling, pad=pad, eos=eos, synced=synced, slots=size)
-        parts = [
-            hf.sample(
-                model,
-                prompts[start : start + size],
-                None if noise is None else noise[start : start + size],
-                sampling,
-                pad=pad,
-                eos=eos,
-                synced=synced,
-            )
-            for start in range(0, len(prompts), size)
-        ]
-        return join(parts, pad)
+        model = self.causal_lm(role)
+        engine = self._engine(role, model, sampling.engine)
+        return engines.sample(engine, model, prompts, noise, sampling, pad=pad, eos=eos, synced=synced)
 
-    def _engine(self, role: str, model: Any, sampling: Sampling) -> str:
-        """The engine that samples `role`; a fallback is told once."""
-        if sampling.engine == "static" and role not in self._engines:
-            reason = static.supported(model)
-            self._engines[role] = "hf" if reason else "static"
+    def _engine(self, role: str, model: Any, wanted: str) -> str:
+        """The engine that samples `role`: the wanted one, or `hf` where that cannot; a fallback is told once."""
+        if (role, wanted) not in self._engines:
+            reason = engines.unsupported(wanted, model)
+            self._engines[role, wanted] = "hf" if reason else wanted
             if reason:
                 print(f"rollouts of {role} use Hugging Face's generate: {reason}", flush=True)
-        return self._engines[role] if sampling.engine == "static" else "hf"
+        return self._engines[role, wanted]
 
     def log_probs(
         self,
