@@ -397,7 +397,7 @@ def _check_batches(recipe: Recipe, stage: str, block: Stage) -> None:
                 f"{block.rollout_batch} responses do not divide into {block.minibatches} minibatches",
                 fix=f"write a multiple of {block.minibatches}",
             )
-        split(where, block.rollout_batch // block.minibatches, ranks, block.micro_batch)
+        split(where, block.rollout_batch // block.minibatches, ranks, None)
 
 
 def _check_ppo(recipe: Recipe, stage: str, block: Ppo) -> None:
@@ -435,15 +435,11 @@ def _check_ppo(recipe: Recipe, stage: str, block: Ppo) -> None:
                 "a critic that starts as the reward model predicts scores that are not normalised",
                 fix="write `critic: {init: policy}`, or leave out normalize_scores",
             )
-    if block.ptx:
-        _, accumulation = split("", block.rollout_batch // block.minibatches, block.deepspeed.ranks, block.micro_batch)
-        parts = block.deepspeed.ranks * accumulation
-        if block.ptx.batch % parts:
-            refuse(
-                "ptx.batch",
-                f"{block.ptx.batch} rows do not divide over {block.deepspeed.ranks} ranks x {accumulation} micro-batches",
-                fix=f"write a multiple of {parts}",
-            )
+    if block.ptx and block.ptx.batch % block.deepspeed.ranks:
+        ranks = block.deepspeed.ranks
+        refuse(
+            "ptx.batch", f"{block.ptx.batch} rows do not divide over {ranks} ranks", fix=f"write a multiple of {ranks}"
+        )
     if block.freezing_actor_steps and not estimator.critic:
         refuse("freezing_actor_steps", f"{block.advantage_estimator} has no critic to wait for", fix="leave it out")
     if block.freezing_actor_steps >= block.steps:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.config.schema import Sampling
 from pipeline.generation import engines
 from pipeline.generation.rollout import Rollout
+from pipeline.generation.whole import Whole
 from pipeline.model.likelihood import of_logits, plain_head, token_log_probs
 
 
@@ -41,6 +42,7 @@ class Roles(nn.Module):
     def __init__(self, trunks: dict[str, Any], heads: dict[str, nn.Linear], roles: dict[str, Role]) -> None:
         super().__init__()
         self._engines: dict[tuple[str, str], str] = {}
+        self._whole: dict[str, Whole] = {}
         self.sharded = False  # set under ZeRO-3, where ranks must call the same modules equally often
         self.trunks, self.heads, self.roles = nn.ModuleDict(trunks), nn.ModuleDict(heads), roles
         self._tuners = {
@@ -98,9 +100,17 @@ class Roles(nn.Module):
 
         All `prompts` are sampled, `sampling.batch` at a time.
         """
+        if role in self._whole:
+            with self._whole[role].of(self.roles[role].adapter, sharded=self.sharded) as model:
+                engine = self._engine(role, model, sampling.engine)
+                return engines.sample(engine, model, prompts, noise, sampling, pad=pad, eos=eos)
         model = self.causal_lm(role)
         engine = self._engine(role, model, sampling.engine)
         return engines.sample(engine, model, prompts, noise, sampling, pad=pad, eos=eos, synced=synced)
+
+    def sample_whole(self, role: str) -> None:
+        """From now on roll `role` out by a copy with its adapter merged in, whole on every rank; before DeepSpeed starts."""
+        self._whole[role] = Whole(self.causal_lm(role))
 
     def _engine(self, role: str, model: Any, wanted: str) -> str:
         """The engine that samples `role`: the wanted one, or `hf` where that cannot; a fallback is told once."""

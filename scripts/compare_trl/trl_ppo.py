@@ -112,14 +112,14 @@ def main(settings: dict[str, Any], seed: int, folder: Path) -> None:
 
 
 def config(settings: dict[str, Any], seed: int, folder: Path) -> PPOConfig:
-    """One micro-batch per minibatch, so that the optimizer steps once per minibatch."""
-    batch = settings["batch"]
+    """One step of the optimizer per minibatch, in micro-batches of `micro_batch` rows (all of them unless given)."""
+    batch, micro = settings["batch"], settings.get("micro_batch", settings["batch"])
     return PPOConfig(
         output_dir=str(folder / "trainer"),
         seed=seed,
         total_episodes=batch * settings["steps"],
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch // micro,
         local_rollout_forward_batch_size=batch,
         num_mini_batches=settings["minibatches"],
         num_ppo_epochs=settings["epochs"],
@@ -140,8 +140,8 @@ def config(settings: dict[str, Any], seed: int, folder: Path) -> PPOConfig:
         gamma=settings["gamma"],
         lam=settings["lam"],
         whiten_rewards=False,
-        bf16=False,
-        use_cpu=True,
+        bf16=settings.get("dtype") == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         num_sample_generations=0,
         save_strategy="no",
@@ -156,9 +156,9 @@ def lora(settings: dict[str, Any], task: str | None) -> LoraConfig:
     return LoraConfig(r=settings["r"], lora_alpha=settings["alpha"], target_modules=settings["targets"], task_type=task)
 
 
-def value_model(settings: dict[str, Any]) -> nn.Module:
+def value_model(settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
     """A critic from the base with an adapter and a fresh head of Relay's size; base weights frozen, as Relay's are."""
-    model = AutoModelForSequenceClassification.from_pretrained(settings["base"], num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(settings["base"], num_labels=1, dtype=dtype)
     model = inject_adapter_in_model(lora(settings, None), model)
     nn.init.normal_(model.score.weight, std=1.0 / math.sqrt(model.config.hidden_size + 1))
     model.score.requires_grad_(True)

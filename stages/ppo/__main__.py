@@ -17,7 +17,6 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline import checkpoint, engine
 from pipeline.config.recipe import deepspeed_config
-from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Base, Ppo
 from pipeline.data import encode
 from pipeline.data.split import Split, load
@@ -198,17 +197,12 @@ def mixed_in(
 
 def configuration(context: Context, block: Ppo) -> dict[str, Any]:
     """The stage's DeepSpeed configuration: one optimizer step per minibatch; clipping is per role, not DeepSpeed's."""
-    micro, accumulation = split_batch(
-        context.recipe.where("stages", context.stage, "rollout_batch"),
-        block.rollout_batch // block.minibatches,
-        context.world_size,
-        block.micro_batch,
-    )
+    share = block.rollout_batch // block.minibatches // context.world_size
     return engine.overlay(
         deepspeed_config(context.recipe, context.stage),
         dtype=block.base.dtype,
-        micro_batch=micro,
-        accumulation=accumulation * (2 if block.ptx else 1),  # the supervised loss has backward passes of its own
+        micro_batch=1,
+        accumulation=max(2, share),  # at most; the update says itself which micro-batch is a minibatch's last
         max_grad_norm=0.0,
     )
 

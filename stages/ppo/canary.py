@@ -58,7 +58,7 @@ def _adapter_changes_nothing(loop: Loop, rollout: Rollout) -> bool:
         updates = (loop.step - block.freezing_actor_steps) * block.epochs * block.minibatches
         if block.base.dtype != "fp32" or updates < 2:  # no update yet that moved it, or none that 16 bits must show
             return False
-    rows = torch.arange(min(loop.micro, len(rollout.lengths)), device=rollout.lengths.device)
+    rows = torch.arange(min(loop.update.rows, len(rollout.lengths)), device=rollout.lengths.device)
     tokens, starts, lengths = rollout.rows(rows)
     asked = (tokens, starts, lengths, int(lengths.max()), loop.block.sampling.temperature)
     with loop.engine.module.evaluating():

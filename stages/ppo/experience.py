@@ -85,11 +85,11 @@ class Experience:
         return None
 
 
-def judge(engine: Any, rollout: Rollout, temperature: float, micro_batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the roles say of the rollout, `micro_batch` rows at a time: log-probabilities of policy and reference, values,
+def judge(engine: Any, rollout: Rollout, temperature: float, budget: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the roles say of the rollout, at most `budget` tokens at a time: log-probabilities of policy and reference, values,
     entropy; float32 [B, T], 0 past each response."""
     width, critic, pieces = rollout.logprobs.shape[1], "critic" in engine.module.roles, []
-    index = by_length(rollout.prompt_lengths + rollout.lengths, micro_batch)
+    index = by_length(rollout.prompt_lengths + rollout.lengths, budget)
     with engine.module.evaluating():
         for rows in index:
             tokens, prompts, lengths = rollout.rows(rows)

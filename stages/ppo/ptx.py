@@ -24,13 +24,12 @@ class Mixture:
             return block.coef
         return block.coef + (block.final_coef - block.coef) * step / (self.steps - 1)
 
-    def parts(self, minibatch: int, rank: int, world: int, count: int) -> tuple[list[list[dict[str, list[int]]]], int]:
-        """(this rank's rows of minibatch number `minibatch` in `count` equal parts, its target tokens on all ranks)."""
+    def parts(self, minibatch: int, rank: int, world: int, size: int) -> tuple[list[list[dict[str, list[int]]]], int]:
+        """(this rank's rows of minibatch number `minibatch`, `size` at a time, and its target tokens on all ranks)."""
         rows = self.stream.take(minibatch * self.block.batch, self.block.batch)
         mine = rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
-        size = len(mine) // count
         tokens = sum(len(row["labels"]) - _first_target(row) for row in rows)
-        return [mine[i * size : (i + 1) * size] for i in range(count)], tokens
+        return [mine[start : start + size] for start in range(0, len(mine), size)], tokens
 
     def loss(self, engine: Any, rows: list[dict[str, list[int]]]) -> Tensor:
         """Summed negative log-likelihood in nats of the rows' target tokens under the policy."""

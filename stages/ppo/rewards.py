@@ -45,7 +45,7 @@ class Rewards:
         return cls(sources, names, texts, roles, encoder)
 
     def __call__(
-        self, engine: Any, rollout: Rollout, rows: list[dict[str, Any]], micro_batch: int
+        self, engine: Any, rollout: Rollout, rows: list[dict[str, Any]], budget: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(weighted sum, each source's own scores by name), float32 [B], of this rank's rollout; `rows` are the data rows
         of its prompts. Collective. Raises Trouble, or Skipped, on every rank when a source fails on any."""
@@ -55,7 +55,7 @@ class Rewards:
         total = torch.zeros(len(rollout.lengths), device=rollout.lengths.device)
         for source, name, text in zip(self.sources, self.names, self.texts, strict=True):
             if isinstance(source, StageReward):
-                scores = self._models(engine, rollout, source, micro_batch)
+                scores = self._models(engine, rollout, source, budget)
             else:
                 assert text is not None
                 try:
@@ -74,9 +74,9 @@ class Rewards:
         _agree(problems)
         return total, parts
 
-    def _models(self, engine: Any, rollout: Rollout, source: StageReward, micro_batch: int) -> Tensor:
+    def _models(self, engine: Any, rollout: Rollout, source: StageReward, budget: int) -> Tensor:
         """The combined score of one reward model or of an ensemble, [B]."""
-        members, index = [], by_length(rollout.prompt_lengths + rollout.lengths, micro_batch)
+        members, index = [], by_length(rollout.prompt_lengths + rollout.lengths, budget)
         with engine.module.evaluating():
             for stage in source.stage:
                 pieces = []

@@ -75,7 +75,7 @@ class Loop:
         self.running = RunningScores() if self.block.normalize_scores else None
         self.watch = Watch(self.block.signals)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.micro = self.update.micro
+        self.budget = self.update.budget
 
     def run(self, tracker: Tracker) -> None:
         """Steps from where the loop stands to the end. Raises Stopped after saving when asked to stop, and Trouble when
@@ -120,12 +120,12 @@ class Loop:
         with clock.phase("score"):
             baseline = None
             try:
-                scores, parts = self.rewards(self.engine, rollout, rows, self.micro)
+                scores, parts = self.rewards(self.engine, rollout, rows, self.budget)
                 if greedy is not None:
-                    baseline = (self.rewards(self.engine, greedy, rows, self.micro)[0], greedy.lengths, greedy.ended)
+                    baseline = (self.rewards(self.engine, greedy, rows, self.budget)[0], greedy.lengths, greedy.ended)
             except Trouble as trouble:
                 self.fail({n: engine.gather_rows(t) for n, t in vars(rollout).items()}, step, str(trouble))
-            logprobs, reference, values, entropy = judge(self.engine, rollout, block.sampling.temperature, self.micro)
+            logprobs, reference, values, entropy = judge(self.engine, rollout, block.sampling.temperature, self.budget)
             judged = Judged(rollout, logprobs, reference, values, entropy, scores, parts, baseline)
             batch = experience(judged, block, self.kl.coef, self.running)
             if bad := batch.not_finite():
@@ -189,7 +189,7 @@ class Loop:
         rows = [prompt.row for prompt in self.share(padded, 1)]
         rollout = self.sample(padded, 0, seed_offset=1)
         try:
-            scores, _ = self.rewards(self.engine, rollout, rows, self.micro)
+            scores, _ = self.rewards(self.engine, rollout, rows, self.budget)
         except Skipped as reason:
             self._tell(f"an evaluation is left out: {reason}")
             return {}
@@ -197,10 +197,10 @@ class Loop:
             self.fail({n: engine.gather_rows(t) for n, t in vars(rollout).items()}, self.step - 1, str(trouble))
         gold = None
         try:
-            gold = self.gold(self.engine, rollout, rows, self.micro)[0] if self.gold is not None else None
+            gold = self.gold(self.engine, rollout, rows, self.budget)[0] if self.gold is not None else None
         except (Skipped, Trouble) as reason:  # it is watched, not trained on: training goes on without it
             self._tell(f"the gold score is left out: {reason}")
-        logprobs, reference, _, _ = judge(self.engine, rollout, self.block.sampling.temperature, self.micro)
+        logprobs, reference, _, _ = judge(self.engine, rollout, self.block.sampling.temperature, self.budget)
         kl = (estimate(logprobs, reference, kl_estimator(self.block)) * rollout.mask).sum(1)
         scores, kl, lengths = (engine.gather_rows(column)[:count] for column in (scores, kl, rollout.lengths))
         found = {

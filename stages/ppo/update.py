@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import engine
-from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Ppo, Schedule
 from pipeline.errors import Trouble
 from stages.ppo.advantage import ESTIMATORS
-from stages.ppo.batches import dealt
+from stages.ppo.batches import dealt, micro_batch
 from stages.ppo.experience import Experience, kl_place
 from stages.ppo.kl import estimate
 from stages.ppo.loss import policy_loss, token_weights, value_loss
@@ -40,7 +39,7 @@ class Updater:
         block, estimator = self.block, ESTIMATORS[self.block.advantage_estimator]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.size = block.rollout_batch // block.minibatches
-        self.micro, self.accumulation = split_batch("ppo", self.size, self.world, block.micro_batch)
+        self.rows, self.budget = micro_batch(block, self.world)
         self.critic = estimator.critic
         self.aggregation = block.loss_aggregation or estimator.aggregation
         own = block.critic
@@ -79,23 +78,27 @@ class Updater:
         sums, before = torch.zeros(len(COLUMNS + OTHERS), dtype=torch.float64), self.clipping.steps
         tokens = float(batch.mask[chosen].sum())
         lengths = (batch.prompt_lengths + batch.lengths)[chosen]
-        mixed, targets = self.ptx.parts(number, self.rank, self.world, self.accumulation) if self.ptx else ([], 1)
-        for part, index in enumerate(dealt(lengths, self.rank, self.world, self.micro)):
+        mixed, targets = self.ptx.parts(number, self.rank, self.world, self.rows) if self.ptx else ([], 1)
+        parts = dealt(lengths, self.rank, self.world, self.budget)
+        for place, index in enumerate(parts, start=1):
             loss, found = self.losses(batch.rows(chosen[index]), tokens, kl_coef)
-            self._backward(loss)
-            if self.ptx:
-                # A backward pass of its own: ZeRO-3 with recomputed activations keeps one gradient of a weight for each.
-                supervised = self.ptx.loss(self.engine, mixed[part])
-                self._backward(self.ptx.coef(step) * supervised / targets)
-                found[-2] = float(supervised.detach())
+            self._backward(loss, last=place == len(parts) + len(mixed))
             sums += found
+        # Backward passes of their own: ZeRO-3 with recomputed activations keeps one gradient of a weight for each.
+        for place, rows in enumerate(mixed, start=1):
+            assert self.ptx is not None
+            supervised = self.ptx.loss(self.engine, rows)
+            self._backward(self.ptx.coef(step) * supervised / targets, last=place == len(mixed))
+            sums[-2] += float(supervised.detach())
         sums[-1] = targets / self.world
         # In fp16 a step that is left out lowers the loss scale; in other dtypes nothing would mend.
         if self.block.base.dtype != "fp16" and self.clipping.steps == before:
             raise Trouble("a gradient is not finite")
         return sums
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of a micro-batch; step the optimizer after the minibatch's last."""
+        self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
         self.engine.step()
 

@@ -175,8 +175,11 @@ def roles() -> Any:
     return Roles({"base": peft}, {}, {"policy": Role("base", "policy", True), "reference": Role("base", None, False)})
 
 
-def test_roles_sample_through_it(roles: Any) -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_roles_sample_through_it(roles: Any, merged: bool) -> None:
     """With the policy's adapter on, two prompts at a time, and log-probabilities that are the training forward's."""
+    if merged:
+        roles.sample_whole("policy")
     noise, sampling = row_keys(5), SAMPLING.model_copy(update={"batch": 2})
     with roles.evaluating():
         rollout = roles("rollout", "policy", PROMPTS, noise, sampling, pad=PAD, eos=EOS, synced=False)

@@ -27,18 +27,20 @@ def test_weight_goes_from_first_to_last_step(final: float | None, expected: list
     assert [mixed.coef(step) for step in range(5)] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("world", "count"), [(1, 1), (2, 1), (2, 4), (1, 8), (4, 2)])
-def test_minibatches_do_not_depend_on_ranks_and_cuts(world: int, count: int) -> None:
-    """Every minibatch has the same rows in the same order, in equal parts; three of them are one pass over the data."""
+@pytest.mark.parametrize(
+    ("world", "size", "cut"), [(1, 8, [8]), (2, 8, [4]), (2, 1, [1] * 4), (1, 3, [3, 3, 2]), (4, 1, [1, 1])]
+)
+def test_minibatches_do_not_depend_on_ranks_and_cuts(world: int, size: int, cut: list[int]) -> None:
+    """Every minibatch has the same rows in the same order, `size` at a time; three of them are one pass over the data."""
     mixed, seen = mixture(), []
     for number in range(3):
         rows = []
         for rank in range(world):
-            parts, tokens = mixed.parts(number, rank, world, count)
-            assert [len(part) for part in parts] == [8 // world // count] * count
+            parts, tokens = mixed.parts(number, rank, world, size)
+            assert [len(part) for part in parts] == cut
             assert tokens == 16
             rows += [row["labels"][-2] for part in parts for row in part]
-        whole = mixed.parts(number, 0, 1, 1)[0][0]
+        whole = mixed.parts(number, 0, 1, 8)[0][0]
         assert rows == [row["labels"][-2] for row in whole]
         seen += rows
     assert sorted(seen) == list(range(24))
