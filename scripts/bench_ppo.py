@@ -214,7 +214,7 @@ def page(lines: list[str], threads: int) -> str:
         "first update of each is left out, times are medians, the spread is that of the turns' ratios. Peak memory is the "
         "process's, libraries included.",
         "",
-        "| row | shape | mean reply, tokens | Relay, s | TRL, s | TRL / Relay | Relay, MiB | TRL, MiB | Relay / TRL | padding |",
+        "| row | shape | reply, tokens | Relay, s | TRL, s | TRL / Relay | Relay, MiB | TRL, MiB | Relay / TRL | padding |",
         "|---|---|---|---|---|---|---|---|---|---|",
     )
     return "\n".join([*head, *lines]) + "\n"

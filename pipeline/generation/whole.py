@@ -35,7 +35,9 @@ class Whole:
     def of(self, adapter: str | None, *, sharded: bool) -> Iterator[Any]:
         """The model with the weights as they are now, `adapter` (or none) merged: a copy of each adapted layer's, and of all
         the others too when they are `sharded` (collective then)."""
-        shared = [(module, name, value) for module in self.model.modules() for name, value in module._parameters.items()]
+        shared = [
+            (module, name, value) for module in self.model.modules() for name, value in module._parameters.items()
+        ]
         try:
             with torch.no_grad():
                 if sharded:
@@ -63,7 +65,7 @@ class Whole:
 def _plain(base: Any) -> nn.Module:
     """The layer below an adapter; for packed weights a plain one that takes their values."""
     if not hasattr(base.weight, "quant_state"):
-        return base  # type: ignore[no-any-return]
+        return base
     plain = nn.Linear(1, 1, bias=False, device="meta")
     plain.in_features, plain.out_features = base.in_features, base.out_features
     plain._parameters["bias"] = base.bias

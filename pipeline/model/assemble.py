@@ -27,6 +27,7 @@ class Part:
 
     `adapter` is None for bare base weights, else (config, weights); a missing config is the recipe's, missing weights are
     fresh. `head` is None for a role that speaks; an empty one is fresh. `own` keeps the trunk unshared: its weights train.
+    `reads` names the role whose hidden states the head reads; the part is then the head alone.
     """
 
     base: Base
@@ -34,6 +35,7 @@ class Part:
     head: Weights | None = None
     trained: bool = False
     own: bool = False
+    reads: str | None = None
 
 
 def speaking(context: Context, baton: Baton | None) -> Part:
@@ -74,6 +76,7 @@ def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: boo
     Roles share a trunk when their bases' content hashes and quantisation are equal; a trunk with a role that speaks is a
     causal language model, else a classifier without its head.
     """
+    described, parts = parts, {name: part for name, part in parts.items() if part.reads is None}
     hashes = {name: handoff.model_hash(p.base.model, p.base.revision) for name, p in parts.items()}
     keys = {name: (hashes[name], p.base.quantization, name if p.own else "") for name, p in parts.items()}
     trunks: dict[str, Any] = {}
@@ -90,6 +93,11 @@ def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: boo
         if part.head is not None:
             heads[name] = _head(trunks[trunk], part)
         roles[name] = Role(trunk, name if part.adapter is not None else None, part.trained)
+    for name, part in described.items():
+        if part.reads is not None:
+            body = roles[part.reads]
+            heads[name] = _head(trunks[body.trunk], part)
+            roles[name] = Role(body.trunk, body.adapter, part.trained, part.reads)
     for trunk in trunks.values():
         if hasattr(plain(trunk), "score"):
             plain(trunk).score = nn.Identity()

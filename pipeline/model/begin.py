@@ -24,11 +24,11 @@ TASKS: dict[str, str] = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}
 Kind = Literal["causal", "classifier"]
 
 
-def base_below(context: Context, baton: Baton | None, kind: Kind) -> tuple[Base, Baton | None]:
+def base_below(context: Context, baton: Baton | None, kind: Kind, *, whole: bool = False) -> tuple[Base, Baton | None]:
     """(the weights to build on, adapter baton to continue or None).
 
-    A parent's adapter of the same method and shape is continued on its own base; any other adapter is first written out
-    as a full model in `<stage>/base-of-<parent>-<content hash>`, because adapters never stack.
+    A parent's adapter of the same method and shape is continued on its own base; any other adapter (with `whole`, every one)
+    is first written out as a full model in `<stage>/base-of-<parent>-<content hash>`, because adapters never stack.
     """
     block = context.block
     if baton is None:
@@ -36,7 +36,7 @@ def base_below(context: Context, baton: Baton | None, kind: Kind) -> tuple[Base,
     if not baton.is_adapter:
         return block.base.model_copy(update={"model": str(baton.path), "revision": None}), None
     baton.check_base()
-    if block.adapter.method == "lora" and build.same_method(block.adapter, baton.path):
+    if not whole and block.adapter.method == "lora" and build.same_method(block.adapter, baton.path):
         record = baton.manifest["base"]
         return block.base.model_copy(update={"model": record["model"], "revision": record["revision"]}), baton
     target = context.dir / f"base-of-{baton.manifest['stage']}-{baton.content_hash[:12]}"

@@ -26,11 +26,15 @@ from pipeline.model.likelihood import of_logits, plain_head, token_log_probs
 
 @dataclass(frozen=True)
 class Role:
-    """Where a role's weights are: trunk, adapter active in it (None: base weights alone), and whether they train."""
+    """Where a role's weights are: trunk, adapter active in it (None: base weights alone), and whether they train.
+
+    A role that `reads` another one's hidden states has a head of its own and nothing else.
+    """
 
     trunk: str
     adapter: str | None
     trained: bool
+    reads: str | None = None
 
 
 class Roles(nn.Module):
@@ -68,6 +72,8 @@ class Roles(nn.Module):
         return [*self._trunk_parameters(self.roles[role]), *head]
 
     def _trunk_parameters(self, role: Role) -> list[nn.Parameter]:
+        if role.reads is not None:
+            return []
         named = self.trunks[role.trunk].named_parameters()
         return [p for n, p in named if role.adapter is None or f".{role.adapter}." in n]
 
@@ -138,19 +144,55 @@ class Roles(nn.Module):
         `prompt_lengths[b]` and has `lengths[b]` tokens, at most `width`. Only those go through the output head. The entropy
         has gradients only if `learn_entropy`.
         """
-        model, trunk = self.causal_lm(role), self.roles[role].trunk
+        hidden = self._hidden(role, tokens) if plain_head(self.causal_lm(role)) else None
+        return self._log_probs(role, hidden, tokens, prompt_lengths, lengths, width, temperature, learn_entropy)
+
+    def log_probs_and_values(
+        self,
+        role: str,
+        critic: str,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        lengths: Tensor,
+        width: int,
+        temperature: float,
+        *,
+        learn_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`log_probs` of `role` and `values` of a `critic` that reads its hidden states, in one pass. The values have
+        gradients for the critic's head alone."""
+        hidden = self._hidden(role, tokens)
+        asked = (role, hidden, tokens, prompt_lengths, lengths, width, temperature, learn_entropy)
+        return *self._log_probs(*asked), self._values(critic, hidden, prompt_lengths, width)
+
+    def values(self, role: str, tokens: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
+        """Value before each response token, float32 [B, width]; layout as in `log_probs`."""
+        return self._values(role, self._hidden(role, tokens), prompt_lengths, width)
+
+    def _log_probs(
+        self,
+        role: str,
+        hidden: Tensor | None,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        lengths: Tensor,
+        width: int,
+        temperature: float,
+        learn_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        model = self.causal_lm(role)
         steps = torch.arange(width, device=tokens.device)
         row, step = (steps < lengths.unsqueeze(1)).nonzero(as_tuple=True)
         column = prompt_lengths[row] + step
         targets = tokens[row, column]
-        if plain_head(model):
+        if hidden is not None and plain_head(model):
             chosen, entropy = token_log_probs(
                 model.get_output_embeddings(),
-                self._hidden(role, tokens)[row, column - 1],
+                hidden[row, column - 1],
                 targets,
                 temperature,
                 learn_entropy=learn_entropy,
-                recompute=self._recompute(self._tuners[trunk], self.sharded),
+                recompute=self._recompute(self._tuners[self.roles[role].trunk], self.sharded),
                 together=self.sharded,
             )
         else:
@@ -164,11 +206,12 @@ class Roles(nn.Module):
         empty = chosen.new_zeros(len(tokens), width)
         return empty.index_put((row, step), chosen), empty.index_put((row, step), entropy)
 
-    def values(self, role: str, tokens: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
-        """Value before each response token, float32 [B, width]; layout as in `log_probs`."""
-        index = _response_index(prompt_lengths, width, tokens.shape[1]) - 1
-        rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
-        return self._head(role, self._hidden(role, tokens)[rows, index])
+    def _values(self, role: str, hidden: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
+        if self.roles[role].reads is not None:
+            hidden = hidden.detach()  # the critic's loss leaves the policy alone
+        index = _response_index(prompt_lengths, width, hidden.shape[1]) - 1
+        rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
+        return self._head(role, hidden[rows, index])
 
     def scores(self, role: str, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Score of each text, float32 [B], read at its last token; `lengths` [B] counts prompt and response tokens."""

@@ -8,7 +8,7 @@ from typing import cast
 from peft import LoraConfig
 
 from pipeline.adapters import build
-from pipeline.config.schema import Ppo, reward_stages
+from pipeline.config.schema import Base, Ppo, reward_stages
 from pipeline.model import begin
 from pipeline.model.assemble import Part, scoring
 from pipeline.model.roles import Roles
@@ -45,18 +45,28 @@ def parts(context: Context) -> dict[str, Part]:
 
 def _critic(context: Context, policy: Part, rewards: dict[str, Part]) -> Part:
     block = cast(Ppo, context.block)
-    full = block.adapter.method == "full"
-    if block.critic.start == "base":
+    start, whole = block.critic.start, block.critic.kind == "model"
+    full = block.adapter.method == "full" or whole
+    if block.critic.kind == "head":
+        return Part(policy.base, head={}, trained=True, reads="policy")
+    if start == "base":
         base = block.base.model_copy(update={"model": context.base})
-        return Part(base, None if full else (None, None), {}, trained=True, own=full)
-    if block.critic.start == "policy":
-        return Part(policy.base, policy.adapter, {}, trained=True, own=full)
+        return Part(_trainable(base, full), None if full else (None, None), {}, trained=True, own=full)
+    if start == "policy":
+        below = begin.base_below(context, context.parent("policy"), "causal", whole=True)[0] if whole else policy.base
+        return Part(_trainable(below, full), None if full else policy.adapter, {}, trained=True, own=full)
     reward = rewards["reward"]
-    below, continued = begin.base_below(context, context.batons[reward_stages(*block.reward)[0]], "classifier")
+    baton = context.batons[reward_stages(*block.reward)[0]]
+    below, continued = begin.base_below(context, baton, "classifier", whole=whole)
     weights = build.read(continued.path)[0] if continued else None
     if not full:  # on the reward model's trunk, held as it is there
         below = below.model_copy(update={"quantization": reward.base.quantization})
-    return Part(below, None if full else (None, weights), reward.head, trained=True, own=full)
+    return Part(_trainable(below, full), None if full else (None, weights), reward.head, trained=True, own=full)
+
+
+def _trainable(base: Base, full: bool) -> Base:
+    """`base` as its weights can be trained: packed ones cannot."""
+    return base.model_copy(update={"quantization": None}) if full else base
 
 
 def sharing(roles: Roles) -> str:

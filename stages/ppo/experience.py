@@ -21,7 +21,7 @@ from stages.ppo.scores import RunningScores, shaped
 class Judged:
     """One rank's rollout with what the roles and reward sources say of it. B is this rank's rows.
 
-    logprobs, reference, values, entropy  float32 [B, T], 0 past each response; values are 0 without a critic
+    logprobs, reference, values           float32 [B, T], 0 past each response; values are 0 without a critic
     scores                                float32 [B], raw: the weighted sum of the reward sources
     parts                                 each source's own scores, float32 [B], by its name
     greedy                                (scores [B], lengths [B], ended [B]) of the prompts' greedy responses, or None
@@ -31,7 +31,6 @@ class Judged:
     logprobs: Tensor
     reference: Tensor
     values: Tensor
-    entropy: Tensor
     scores: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     greedy: tuple[Tensor, Tensor, Tensor] | None = None
@@ -42,7 +41,7 @@ class Experience:
     """The rollout batch of all ranks, in prompt order, the same on every rank. B is the global batch.
 
     tokens int64 [B, L]; prompt_lengths, lengths int64 [B]; ended bool [B]; mask, logprobs, reference, values, kl, advantages,
-    returns, entropy float32 [B, T]; scores float32 [B] as the sources give them, and `parts` of them by source.
+    returns float32 [B, T]; scores float32 [B] as the sources give them, and `parts` of them by source.
     """
 
     tokens: Tensor
@@ -56,7 +55,6 @@ class Experience:
     kl: Tensor
     advantages: Tensor
     returns: Tensor
-    entropy: Tensor
     scores: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
 
@@ -85,21 +83,27 @@ class Experience:
         return None
 
 
-def judge(engine: Any, rollout: Rollout, temperature: float, budget: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the roles say of the rollout, at most `budget` tokens at a time: log-probabilities of policy and reference, values,
-    entropy; float32 [B, T], 0 past each response."""
-    width, critic, pieces = rollout.logprobs.shape[1], "critic" in engine.module.roles, []
+def judge(
+    engine: Any, rollout: Rollout, temperature: float, budget: int, *, policy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the roles say of the rollout, at most `budget` tokens at a time: log-probabilities of policy and reference,
+    values; float32 [B, T], 0 past each response. Without `policy` the policy's are those it was sampled with."""
+    roles = engine.module.roles
+    width, pieces = rollout.logprobs.shape[1], []
     index = by_length(rollout.prompt_lengths + rollout.lengths, budget)
     with engine.module.evaluating():
         for rows in index:
             tokens, prompts, lengths = rollout.rows(rows)
             asked = (tokens, prompts, lengths, width, temperature)
-            logprobs, entropy = engine("log_probs", "policy", *asked)
             reference, _ = engine("log_probs", "reference", *asked)
-            values = engine("values", "critic", tokens, prompts, width) if critic else torch.zeros_like(logprobs)
-            pieces.append((logprobs, reference, values, entropy))
-    logprobs, reference, values, entropy = (restored(list(column), index) for column in zip(*pieces, strict=True))
-    return logprobs, reference, values * rollout.mask, entropy
+            logprobs = values = torch.zeros_like(reference)
+            if policy:
+                logprobs, _ = engine("log_probs", "policy", *asked)
+            if "critic" in roles:
+                values = engine("values", "critic", tokens, prompts, width)
+            pieces.append((logprobs, reference, values))
+    logprobs, reference, values = (restored(list(column), index) for column in zip(*pieces, strict=True))
+    return logprobs if policy else rollout.logprobs, reference, values * rollout.mask
 
 
 def experience(judged: Judged, block: Ppo, coef: float, running: RunningScores | None = None) -> Experience:
@@ -138,7 +142,6 @@ def experience(judged: Judged, block: Ppo, coef: float, running: RunningScores |
         kl=kl,
         advantages=advantages,
         returns=torch.zeros_like(values) if returns is None else returns,
-        entropy=gather(judged.entropy),
         scores=scores,
         parts={name: gather(part) for name, part in judged.parts.items()},
     )

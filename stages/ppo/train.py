@@ -76,6 +76,8 @@ class Loop:
         self.watch = Watch(self.block.signals)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.budget = self.update.budget
+        # In float32 the log-probabilities of the rollout are the training forward's: no pass for them, the canary compares.
+        self.exact = self.block.base.dtype == "fp32"
 
     def run(self, tracker: Tracker) -> None:
         """Steps from where the loop stands to the end. Raises Stopped after saving when asked to stop, and Trouble when
@@ -125,8 +127,9 @@ class Loop:
                     baseline = (self.rewards(self.engine, greedy, rows, self.budget)[0], greedy.lengths, greedy.ended)
             except Trouble as trouble:
                 self.fail({n: engine.gather_rows(t) for n, t in vars(rollout).items()}, step, str(trouble))
-            logprobs, reference, values, entropy = judge(self.engine, rollout, block.sampling.temperature, self.budget)
-            judged = Judged(rollout, logprobs, reference, values, entropy, scores, parts, baseline)
+            logprobs, reference, values = self.judge(rollout, policy=not (self.exact and self.checked))
+            kept = rollout.logprobs if self.exact else logprobs
+            judged = Judged(rollout, kept, reference, values, scores, parts, baseline)
             batch = experience(judged, block, self.kl.coef, self.running)
             if bad := batch.not_finite():
                 self.fail(batch.tensors(), step, f"{bad[0]} of response {bad[1]} are not finite")
@@ -135,6 +138,9 @@ class Loop:
                     self.fail(batch.tensors(), step, f"canary: {dead}")
                 self.checked = True
         return batch
+
+    def judge(self, rollout: Rollout, *, policy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return judge(self.engine, rollout, self.block.sampling.temperature, self.budget, policy=policy)
 
     def learn(self, batch: Experience, step: int) -> dict[str, float]:
         """Update the policy (and critic, and average) from a batch; the step's metrics."""
@@ -200,7 +206,7 @@ class Loop:
             gold = self.gold(self.engine, rollout, rows, self.budget)[0] if self.gold is not None else None
         except (Skipped, Trouble) as reason:  # it is watched, not trained on: training goes on without it
             self._tell(f"the gold score is left out: {reason}")
-        logprobs, reference, _, _ = judge(self.engine, rollout, self.block.sampling.temperature, self.budget)
+        logprobs, reference, _ = self.judge(rollout, policy=not self.exact)
         kl = (estimate(logprobs, reference, kl_estimator(self.block)) * rollout.mask).sum(1)
         scores, kl, lengths = (engine.gather_rows(column)[:count] for column in (scores, kl, rollout.lengths))
         found = {

@@ -105,16 +105,13 @@ class Updater:
     def losses(self, rows: Experience, tokens: float, kl_coef: float) -> tuple[Tensor, Tensor]:
         """(this micro-batch's share of the minibatch's mean loss, its sums); the minibatch has `tokens` response tokens."""
         block, width = self.block, rows.mask.shape[1]
-        logprobs, entropy = self.engine(
-            "log_probs",
-            "policy",
-            rows.tokens,
-            rows.prompt_lengths,
-            rows.lengths,
-            width,
-            block.sampling.temperature,
-            learn_entropy=block.entropy_coef > 0,
-        )
+        asked = (rows.tokens, rows.prompt_lengths, rows.lengths, width, block.sampling.temperature)
+        learn = {"learn_entropy": block.entropy_coef > 0}
+        values = None
+        if self.critic and block.critic.kind == "head":
+            logprobs, entropy, values = self.engine("log_probs_and_values", "policy", "critic", *asked, **learn)
+        else:
+            logprobs, entropy = self.engine("log_probs", "policy", *asked, **learn)
         weights = token_weights(rows.mask, rows.lengths, self.size, tokens, self.aggregation)
         policy, policy_clipped = policy_loss(logprobs, rows.logprobs, rows.advantages, block.clip, block.dual_clip)
         total = (policy * weights).sum()
@@ -124,7 +121,8 @@ class Updater:
             total = total - block.entropy_coef * (entropy * weights).sum()
         value = value_clipped = torch.zeros_like(policy)
         if self.critic:
-            values = self.engine("values", "critic", rows.tokens, rows.prompt_lengths, width)
+            if values is None:
+                values = self.engine("values", "critic", rows.tokens, rows.prompt_lengths, width)
             value, value_clipped = value_loss(values, rows.values, rows.returns, block.value_clip)
             total = total + (value * rows.mask).sum() / tokens
         with torch.no_grad():

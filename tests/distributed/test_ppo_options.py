@@ -375,7 +375,7 @@ def test_signal_stops_the_run(ranks: Get, published: tuple[str, str], tmp_path: 
     assert "Trouble" in str(error.value)
     assert not (tmp_path / "ppo" / "output").exists()
     kls = [row["objective/kl"] for row in rows(tmp_path / "ppo")]
-    assert kls[0] == 0.0, "nothing had moved yet"
+    assert abs(kls[0]) < 1e-5, "nothing had moved yet"
     began = next(step for step in range(2, 9) if all(kl > 1e-3 for kl in kls[step - 1 : step + 2]))
     assert f"stage ppo, step {began + 2}: " in str(error.value)
     left = sorted(p.name for p in (tmp_path / "ppo" / "checkpoints").glob("step-*"))

@@ -47,9 +47,7 @@ def judged(golden: SimpleNamespace) -> Judged:
     tokens = torch.tensor(golden.raw["seq"])
     rollout = Rollout(tokens, torch.full((3,), golden.raw["P"]), golden.emitted, golden.logprobs, golden.lengths < 6)
     mask = rollout.mask
-    return Judged(
-        rollout, golden.logprobs * mask, golden.reference * mask, golden.values * mask, torch.zeros(3, 6), golden.scores
-    )
+    return Judged(rollout, golden.logprobs * mask, golden.reference * mask, golden.values * mask, golden.scores)
 
 
 def test_deepspeed_chat_batch_end_to_end(golden: SimpleNamespace, judged: Judged) -> None:
@@ -107,7 +105,6 @@ def test_rows_are_cut_to_the_longest_of_them() -> None:
         kl=whole,
         advantages=whole,
         returns=whole,
-        entropy=whole,
         scores=torch.tensor([1.0, 2.0, 3.0]),
     )
     rows = batch.rows(index)
@@ -128,7 +125,7 @@ def test_empty_and_endless_responses() -> None:
         torch.tensor([True, False]),
     )
     zeros = torch.zeros(2, 3)
-    judged = Judged(rollout, zeros, zeros, zeros, zeros, torch.tensor([2.0, 2.0]))
+    judged = Judged(rollout, zeros, zeros, zeros, torch.tensor([2.0, 2.0]))
     found = experience(judged, block(whiten=False, missing_eos_penalty=3.0, lam=1.0), 0.1)
     assert found.mask.tolist() == [[1, 0, 0], [1, 1, 1]]
     assert found.returns.tolist() == [[2, 0, 0], [-1, -1, -1]]
@@ -141,7 +138,7 @@ def test_one_token_in_all_has_no_advantage() -> None:
         torch.tensor([[5, 1]]), torch.tensor([1]), torch.tensor([1]), torch.zeros(1, 1), torch.tensor([True])
     )
     zeros = torch.zeros(1, 1)
-    found = experience(Judged(rollout, zeros, zeros, zeros, zeros, torch.tensor([2.0])), block(), 0.1)
+    found = experience(Judged(rollout, zeros, zeros, zeros, torch.tensor([2.0])), block(), 0.1)
     assert found.advantages.tolist() == [[0.0]]
 
 
