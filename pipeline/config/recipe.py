@@ -351,7 +351,8 @@ def _check_upstream(recipe: Recipe, stage: str, block: Stage) -> None:
 
 
 def deepspeed_config(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The DeepSpeed configuration that a stage names. Raises UserError when it is not there or not a JSON object."""
+    """The DeepSpeed configuration that a stage names. Raises UserError when it is not there, not a JSON object,
+    or asks for what Relay cannot run."""
     name, names = recipe.stages[stage].deepspeed.config, sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
     where = recipe.where("stages", stage, "deepspeed", "config")
     path = DS_CONFIGS / f"{name}.json" if name in names else Path(recipe.local(name))
@@ -368,6 +369,13 @@ def deepspeed_config(recipe: Recipe, stage: str) -> dict[str, Any]:
         raise UserError(where, f"{path} is not valid JSON: {error}", fix="mend that line") from None
     if not isinstance(config, dict):
         raise UserError(where, f"{path} holds {type(config).__name__}", expected="a JSON object")
+    hybrid = config.get("hybrid_engine")
+    if isinstance(hybrid, dict) and hybrid.get("enabled"):
+        raise UserError(
+            where,
+            f"{path} enables hybrid_engine, whose kernels generate without PEFT's adapters and for one model per engine",
+            fix="leave hybrid_engine out; `sampling.engine` says how replies are sampled",
+        )
     return config
 
 

@@ -270,12 +270,15 @@ class Kl(Block):
 
 
 class Sampling(Block):
-    """How replies are sampled; `batch` prompts at a time on each rank, which bounds memory and changes no token.
+    """How replies are sampled; `batch` prompts at a time on each rank, which bounds memory and changes no token but with
+    `deepspeed`.
 
     `engine: static` decodes `batch` slots in a preallocated cache and gives the slot of a finished response to the next
-    prompt (a model that it does not know falls back to `hf`, in one line); `hf` is Hugging Face's `generate`; `deepspeed` is
-    DeepSpeed's hybrid engine. `adapter` says how the policy's adapter is applied meanwhile: `unmerged`, or `merged` into a
-    copy of the weights, which `auto` makes where the memory plan has room for it.
+    prompt; `hf` is Hugging Face's `generate`; `deepspeed` is DeepSpeed's `HybridEngineRollout` without its kernels, which
+    know no PEFT adapters: repeatable, but its tokens depend on `batch` and on the ranks, and every reply is decoded to
+    `max_response_length`. An engine that cannot decode a model gives way to `hf`, in one line. `adapter` says how the
+    policy's adapter is applied meanwhile: `unmerged`, or `merged` into a copy of the weights, which `auto` makes where the
+    memory plan has room for it.
     """
 
     engine: Literal["static", "hf", "deepspeed"] = "static"

@@ -42,10 +42,7 @@ def sample(
     synced: bool = False,
 ) -> Rollout:
     """Sample one response per prompt. `synced` keeps ranks in step under ZeRO-3, where each forward is collective."""
-    device = model.device
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids, mask = left_padded(prompts, pad, model.device)
     processor = CounterSampling(sampling, keys)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=sampling.max_response_length, pad_token_id=pad, eos_token_id=eos, use_cache=True
@@ -61,9 +58,16 @@ def sample(
         )
     finally:
         model.generation_config = own
-    responses = output[:, width:]
+    responses = output[:, ids.shape[1] :]
     logprobs = torch.stack(processor.logprobs[: responses.shape[1]], dim=1)
     return pack(prompts, responses, logprobs, eos, pad)
+
+
+def left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(token ids, mask that is 1 on them), int64 [B, longest prompt]."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    return ids, torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
 
 
 def pack(prompts: list[list[int]], responses: Tensor, logprobs: Tensor, eos: list[int], pad: int) -> Rollout:

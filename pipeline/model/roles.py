@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.schema import Sampling
-from pipeline.generation import hf, static
-from pipeline.generation.rollout import Rollout, join
+from pipeline.generation import engines
+from pipeline.generation.rollout import Rollout
 from pipeline.generation.whole import Whole
 from pipeline.model.likelihood import of_logits, plain_head, token_log_probs
 
@@ -45,7 +45,7 @@ class Roles(nn.Module):
 
     def __init__(self, trunks: dict[str, Any], heads: dict[str, nn.Linear], roles: dict[str, Role]) -> None:
         super().__init__()
-        self._engines: dict[str, str] = {}
+        self._engines: dict[tuple[str, str], str] = {}
         self._whole: dict[str, Whole] = {}
         self.sharded = False  # set under ZeRO-3, where ranks must call the same modules equally often
         self.trunks, self.heads, self.roles = nn.ModuleDict(trunks), nn.ModuleDict(heads), roles
@@ -106,12 +106,13 @@ class Roles(nn.Module):
 
         All `prompts` are sampled, `sampling.batch` at a time.
         """
-        options = {"pad": pad, "eos": eos}
         if role in self._whole:
-            adapter = self.roles[role].adapter
-            with self._whole[role].of(adapter, sharded=self.sharded) as model:
-                return self._sample(role, model, prompts, noise, sampling, synced=False, **options)
-        return self._sample(role, self.causal_lm(role), prompts, noise, sampling, synced=synced, **options)
+            with self._whole[role].of(self.roles[role].adapter, sharded=self.sharded) as model:
+                engine = self._engine(role, model, sampling.engine)
+                return engines.sample(engine, model, prompts, noise, sampling, pad=pad, eos=eos)
+        model = self.causal_lm(role)
+        engine = self._engine(role, model, sampling.engine)
+        return engines.sample(engine, model, prompts, noise, sampling, pad=pad, eos=eos, synced=synced)
 
     def sample_whole(self, role: str) -> None:
         """From now on roll `role` out by a copy with its adapter merged in, whole on every rank; before DeepSpeed starts."""
@@ -120,38 +121,14 @@ class Roles(nn.Module):
     def samples_whole(self, role: str) -> bool:
         return role in self._whole
 
-    def _sample(
-        self,
-        role: str,
-        model: Any,
-        prompts: list[list[int]],
-        noise: Tensor | None,
-        sampling: Sampling,
-        **options: Any,
-    ) -> Rollout:
-        size = sampling.batch
-        if self._engine(role, model, sampling) == "static":
-            return static.sample(model, prompts, noise, sampling, slots=size, **options)
-        parts = [
-            hf.sample(
-                model,
-                prompts[start : start + size],
-                None if noise is None else noise[start : start + size],
-                sampling,
-                **options,
-            )
-            for start in range(0, len(prompts), size)
-        ]
-        return join(parts, options["pad"])
-
-    def _engine(self, role: str, model: Any, sampling: Sampling) -> str:
-        """The engine that samples `role`; a fallback is told once."""
-        if sampling.engine == "static" and role not in self._engines:
-            reason = static.supported(model)
-            self._engines[role] = "hf" if reason else "static"
+    def _engine(self, role: str, model: Any, wanted: str) -> str:
+        """The engine that samples `role`: the wanted one, or `hf` where that cannot; a fallback is told once."""
+        if (role, wanted) not in self._engines:
+            reason = engines.unsupported(wanted, model)
+            self._engines[role, wanted] = "hf" if reason else wanted
             if reason:
                 print(f"rollouts of {role} use Hugging Face's generate: {reason}", flush=True)
-        return self._engines[role] if sampling.engine == "static" else "hf"
+        return self._engines[role, wanted]
 
     def log_probs(
         self,

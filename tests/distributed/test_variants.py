@@ -501,6 +501,17 @@ def test_offload(lora: Case, tmp_path: Path, config: str) -> None:
         assert close(offloaded["change"], plain["change"], role) < 1e-5, role
 
 
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_deepspeeds_rollout_engine(lora: Case, tmp_path: Path, zero: str) -> None:
+    """PPO through it sees its own policy, as the canary checks by log-probabilities and by Hugging Face's greedy tokens."""
+    case = lora.copy(tmp_path)
+    overrides = ["stages.ppo.sampling.engine=deepspeed", f"deepspeed.config={zero}"]
+    differences = case.call("tests.distributed.variant_cases:ppo_and_canary", overrides=overrides, world=2)
+    assert differences, "the canary did not look"
+    assert max(differences) <= 1e-4
+    case.assert_reference_is_the_start()
+
+
 @pytest.mark.parametrize("path", sorted((tiny.ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
 def test_plain_deepspeed_takes_the_configuration(ranks: Get, path: Path) -> None:
     found = ranks(1).call("tests.distributed.variant_cases:plain_deepspeed", path=str(path))[0]

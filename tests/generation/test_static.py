@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.config.schema import Sampling
 from pipeline.generation import hf, static
 from pipeline.generation.rollout import Rollout, keys
-from tests.support.tiny import SHAPES
+from tests.support.tiny import SHAPES, build
 
 pytestmark = pytest.mark.fast
 
@@ -25,21 +25,6 @@ VOCABULARY, PAD, EOS = 97, 0, [1, 5, 9]
 LENGTHS = [3, 1, 8, 2, 5, 19, 9, 7, 11, 4, 13, 6]
 PROMPTS = [[(17 * row + 7 * column) % 90 + 5 for column in range(length)] for row, length in enumerate(LENGTHS)]
 SAMPLING = Sampling(temperature=0.7, max_response_length=20)
-
-
-def build(shape: str = "llama", attention: str = "sdpa", **changes: Any) -> Any:
-    """A random model whose next-token distribution is far from flat."""
-    values = {**SHAPES[shape], **changes}
-    config = AutoConfig.for_model(
-        values.pop("model_type"), vocab_size=VOCABULARY, pad_token_id=PAD, eos_token_id=1, bos_token_id=2, **values
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6.0)
-    return model.eval()
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "opt", "gpt2", "gpt_neox"])

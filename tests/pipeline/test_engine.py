@@ -154,6 +154,14 @@ def test_a_missing_or_broken_configuration_is_told(tmp_path: Path) -> None:
         read(tmp_path, "mine.json")
 
 
+def test_deepspeeds_generating_kernels_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"hybrid_engine": {"enabled": true}}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"enables hybrid_engine, whose kernels .*\n  fix: leave hybrid_engine out"):
+        read(tmp_path, "mine.json")
+    (tmp_path / "mine.json").write_text('{"hybrid_engine": {"enabled": false}}', encoding="utf-8")
+    assert read(tmp_path, "mine.json") == {"hybrid_engine": {"enabled": False}}
+
+
 # Clipping by role.
 
 

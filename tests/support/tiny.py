@@ -60,6 +60,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def build(shape: str = "llama", attention: str = "sdpa", **changes: Any) -> Any:
+    """A random model of 97 tokens (pad 0, EOS 1) whose next-token distribution is far from flat."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {**SHAPES[shape], "vocab_size": 97, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, **changes}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    torch.manual_seed(0)
+    built = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6.0)
+    return built.eval()
+
+
 def model(folder: Path, shape: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """A random model of `shape` with the quickstart's tokenizer, saved in `folder`."""
     import torch
