@@ -3,10 +3,12 @@
 Every output is opened by the next stage and by plain transformers and PEFT. Writes docs/results/matrix.md.
 
     python scripts/matrix.py
+    python scripts/matrix.py --ranks 1 --out FILE       # on one rank alone, elsewhere
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 import tempfile
@@ -24,11 +26,15 @@ OUT = ROOT / "docs" / "results" / "matrix.md"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
     rows, failures = [], 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = tiny.model(folder / "llama")
-        for world in (1, 2):
+        for world in arguments.ranks:
             ranks = Ranks(world, folder / f"ranks{world}")
             for method, zero in itertools.product(METHODS, range(4)):
                 if not ranks.alive:
@@ -53,8 +59,8 @@ def main() -> None:
                 rows.append(f"| {method} | {zero} | {world} | {outcome} | {worst} | {seconds:.1f} | {published} |")
                 print(rows[-1], flush=True)
             ranks.close()
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(page(rows), encoding="utf-8")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(page(rows), encoding="utf-8")
     sys.exit(1 if failures else 0)
 
 

@@ -37,10 +37,14 @@ def program(context: Context) -> None:
         )
 
 
-if __name__ == "__main__":
+def run() -> None:
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     overrides = [value for flag, value in zip(sys.argv[3::2], sys.argv[4::2], strict=True) if flag == "--set"]
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     execute(program, sys.argv[1], "ppo", Path(sys.argv[2]), overrides, rank, world)
+
+
+if __name__ == "__main__":
+    run()

@@ -14,6 +14,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTraine
 PAD, UNKNOWN, EOS, FIRST = 0, 1, 2, 3
 """Special tokens' ids, and the first word's."""
 
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+    )
+
+
 SHAPES: dict[str, Any] = {
     # Llama of llama2.c's stories15M: 15.2 million weights.
     "llama-15m": lambda: LlamaConfig(
@@ -47,6 +60,10 @@ SHAPES: dict[str, Any] = {
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     ),
+    # Llama-2-13B, CodeLlama-34B, Llama-2-70B.
+    "llama-13b": lambda: _llama(5120, 13824, 40, 40, 40),
+    "llama-34b": lambda: _llama(8192, 22016, 48, 64, 8),
+    "llama-70b": lambda: _llama(8192, 28672, 80, 64, 8),
     # facebook/opt-1.3b.
     "opt-1.3b": lambda: OPTConfig(
         vocab_size=50272,
@@ -62,15 +79,24 @@ SHAPES: dict[str, Any] = {
 def write(folder: Path, shape: str, *, ends: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
     """A random model of `shape` in `folder`, whose every token is EOS with probability `ends` (Llama shapes only)."""
     torch.manual_seed(0)
-    config = SHAPES[shape]()
-    config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, None, EOS
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if config.model_type == "llama":
+    model = AutoModelForCausalLM.from_config(config(shape), dtype=dtype)
+    if model.config.model_type == "llama":
         _end_with(model, ends)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, PAD
     model.save_pretrained(folder)
-    words = {"<pad>": PAD, "<unk>": UNKNOWN, "<eos>": EOS, **{f"w{i}": i for i in range(FIRST, config.vocab_size)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    words(folder, model.config.vocab_size)
+
+
+def config(shape: str) -> Any:
+    found = SHAPES[shape]()
+    found.pad_token_id, found.bos_token_id, found.eos_token_id = PAD, None, EOS
+    return found
+
+
+def words(folder: Path, vocabulary: int) -> None:
+    """A tokenizer of `vocabulary` words in `folder`."""
+    known = {"<pad>": PAD, "<unk>": UNKNOWN, "<eos>": EOS, **{f"w{i}": i for i in range(FIRST, vocabulary)}}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
