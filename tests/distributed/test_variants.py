@@ -509,7 +509,6 @@ def test_deepspeeds_rollout_engine(lora: Case, tmp_path: Path, zero: str) -> Non
     differences = case.call("tests.distributed.variant_cases:ppo_and_canary", overrides=overrides, world=2)
     assert differences, "the canary did not look"
     assert max(differences) <= 1e-4
-    case.assert_reference_is_the_start()
 
 
 @pytest.mark.parametrize("path", sorted((tiny.ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
