@@ -202,7 +202,9 @@ def _update(shape: str) -> dict[str, Any]:
         config = shapes.config(shape)
         config.save_pretrained(base)
         shapes.words(base, config.vocab_size)
-        save_file({"seed": torch.zeros(1)}, base / "model.safetensors")  # a base has weights; these are made and not read
+        save_file(
+            {"seed": torch.zeros(1)}, base / "model.safetensors"
+        )  # a base has weights; these are made and not read
         settings = SETTINGS | {
             "base": str(base),
             "prompts": str(shapes.prompts(work, 32, 256, config.vocab_size)),

@@ -130,6 +130,63 @@ class Roles(nn.Module):
                 print(f"rollouts of {role} use Hugging Face's generate: {reason}", flush=True)
         return self._engines[role, wanted]
 
+    def read(
+        self, roles: list[str], tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, width: int, temperature: float
+    ) -> dict[str, Tensor]:
+        """What each role says of responses, without gradients: log-probabilities of one that speaks and values of the critic,
+        float32 [B, width]; scores of a reward model, float32 [B]. Layout as in `log_probs`.
+
+        Roles on one trunk go through it together, each row with its role's adapter.
+        """
+        found: dict[str, Tensor] = {}
+        hidden = self._hidden_of(roles, tokens)
+        for role in roles:
+            if role == "critic":
+                found[role] = self._values(role, hidden[role], prompt_lengths, width)
+            elif role in self.heads:
+                ends = prompt_lengths + lengths - 1
+                found[role] = self._head(role, hidden[role][torch.arange(len(tokens), device=tokens.device), ends])
+            else:
+                asked = (hidden[role], tokens, prompt_lengths, lengths, width, temperature, False)
+                found[role] = self._log_probs(role, *asked)[0]
+        return found
+
+    def _hidden_of(self, roles: list[str], tokens: Tensor) -> dict[str, Tensor]:
+        """Each role's last hidden states [B, L, H]."""
+        found: dict[str, Tensor] = {}
+        for trunk in dict.fromkeys(self.roles[role].trunk for role in roles):
+            sharers = [role for role in roles if self.roles[role].trunk == trunk]
+            adapters = list(dict.fromkeys(self.roles[role].adapter for role in sharers))
+            if len(adapters) == 1:
+                states = {adapters[0]: self._hidden(sharers[0], tokens)}
+            else:
+                with self._side_by_side(trunk, adapters, len(tokens)):
+                    together = self._forward(sharers[0], tokens.repeat(len(adapters), 1))
+                states = dict(zip(adapters, together.chunk(len(adapters)), strict=True))
+            found |= {role: states[self.roles[role].adapter] for role in sharers}
+        return found
+
+    @contextmanager
+    def _side_by_side(self, trunk: str, adapters: list[str | None], rows: int) -> Iterator[None]:
+        """Apply each LoRA adapter to `rows` rows of the next batch, the first to the first. PEFT can too, but in the order of
+        a set, which differs between ranks: under ZeRO-3 they would wait for each other."""
+
+        def add(layer: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
+            for place, adapter in enumerate(adapters):
+                if adapter in layer.lora_A:
+                    part = slice(place * rows, (place + 1) * rows)
+                    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+                    result[part] += up(down(args[0][part].to(down.weight.dtype))) * layer.scaling[adapter]
+
+        hooks = [layer.register_forward_hook(add) for layer in self._tuners[trunk]]
+        for layer in self._tuners[trunk]:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def log_probs(
         self,
         role: str,
@@ -222,7 +279,13 @@ class Roles(nn.Module):
         return self._head(role, hidden[torch.arange(tokens.shape[0], device=tokens.device), lengths - 1])
 
     def _hidden(self, role: str, tokens: Tensor) -> Tensor:
-        backbone = self.causal_lm(role).base_model
+        self.use(role)
+        return self._forward(role, tokens)
+
+    def _forward(self, role: str, tokens: Tensor) -> Tensor:
+        """Last hidden states of the role's trunk as it is set."""
+        trunk = self.trunks[self.roles[role].trunk]
+        backbone = (trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk).base_model
         return backbone(input_ids=tokens, position_ids=_positions(tokens), use_cache=False).last_hidden_state
 
     def _head(self, role: str, hidden: Tensor) -> Tensor:

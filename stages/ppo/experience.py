@@ -83,27 +83,16 @@ class Experience:
         return None
 
 
-def judge(
-    engine: Any, rollout: Rollout, temperature: float, budget: int, *, policy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the roles say of the rollout, at most `budget` tokens at a time: log-probabilities of policy and reference,
-    values; float32 [B, T], 0 past each response. Without `policy` the policy's are those it was sampled with."""
-    roles = engine.module.roles
+def read(engine: Any, rollout: Rollout, roles: list[str], temperature: float, budget: int) -> dict[str, Tensor]:
+    """What each role says of the rollout, at most `budget` tokens at a time: log-probabilities of one that speaks and values
+    of the critic, float32 [B, T] and 0 past each response; scores of a reward model, float32 [B]."""
     width, pieces = rollout.logprobs.shape[1], []
     index = by_length(rollout.prompt_lengths + rollout.lengths, budget)
     with engine.module.evaluating():
         for rows in index:
-            tokens, prompts, lengths = rollout.rows(rows)
-            asked = (tokens, prompts, lengths, width, temperature)
-            reference, _ = engine("log_probs", "reference", *asked)
-            logprobs = values = torch.zeros_like(reference)
-            if policy:
-                logprobs, _ = engine("log_probs", "policy", *asked)
-            if "critic" in roles:
-                values = engine("values", "critic", tokens, prompts, width)
-            pieces.append((logprobs, reference, values))
-    logprobs, reference, values = (restored(list(column), index) for column in zip(*pieces, strict=True))
-    return logprobs if policy else rollout.logprobs, reference, values * rollout.mask
+            pieces.append(engine("read", roles, *rollout.rows(rows), width, temperature))
+    said = {role: restored([piece[role] for piece in pieces], index) for role in roles}
+    return {role: column * rollout.mask if column.dim() == 2 else column for role, column in said.items()}
 
 
 def experience(judged: Judged, block: Ppo, coef: float, running: RunningScores | None = None) -> Experience:

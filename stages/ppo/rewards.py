@@ -9,14 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config.schema import RewardSource, StageReward
+from pipeline.config.schema import RewardSource, StageReward, reward_stages
 from pipeline.data.encode import Encoder
 from pipeline.errors import Trouble
 from pipeline.generation.rollout import Rollout
 from pipeline.scoring.ensemble import combine
 from pipeline.scoring.errors import SourceError, SourceUnavailable
 from pipeline.scoring.source import Source, build, checked
-from stages.ppo.batches import by_length, restored
 
 
 class Skipped(Exception):
@@ -44,18 +43,27 @@ class Rewards:
             names.append(f"{name}#{used + 1}" if used else name)
         return cls(sources, names, texts, roles, encoder)
 
+    @property
+    def models(self) -> list[str]:
+        """The roles of the reward models among the sources."""
+        return [self.roles[stage] for stage in reward_stages(*self.sources)]
+
     def __call__(
-        self, engine: Any, rollout: Rollout, rows: list[dict[str, Any]], budget: int
+        self, said: dict[str, Tensor], rollout: Rollout, rows: list[dict[str, Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(weighted sum, each source's own scores by name), float32 [B], of this rank's rollout; `rows` are the data rows
-        of its prompts. Collective. Raises Trouble, or Skipped, on every rank when a source fails on any."""
+        """(weighted sum, each source's own scores by name), float32 [B], of this rank's rollout.
+
+        `said` holds the scores [B] of every role in `models`; `rows` are the data rows of the prompts. Collective. Raises
+        Trouble, or Skipped, on every rank when a source fails on any.
+        """
         texts, first = self._texts(rollout), dist.get_rank() * len(rollout.lengths)
         parts: dict[str, Tensor] = {}
         problems: list[tuple[bool, str]] = []
         total = torch.zeros(len(rollout.lengths), device=rollout.lengths.device)
         for source, name, text in zip(self.sources, self.names, self.texts, strict=True):
             if isinstance(source, StageReward):
-                scores = self._models(engine, rollout, source, budget)
+                members = torch.stack([said[self.roles[stage]] for stage in source.stage])
+                scores = combine(members, source.combine, source.k)
             else:
                 assert text is not None
                 try:
@@ -73,18 +81,6 @@ class Rewards:
             total = total + source.weight * scores
         _agree(problems)
         return total, parts
-
-    def _models(self, engine: Any, rollout: Rollout, source: StageReward, budget: int) -> Tensor:
-        """The combined score of one reward model or of an ensemble, [B]."""
-        members, index = [], by_length(rollout.prompt_lengths + rollout.lengths, budget)
-        with engine.module.evaluating():
-            for stage in source.stage:
-                pieces = []
-                for rows in index:
-                    tokens, prompts, lengths = rollout.rows(rows)
-                    pieces.append(engine("scores", self.roles[stage], tokens, prompts + lengths))
-                members.append(restored(pieces, index))
-        return combine(torch.stack(members), source.combine, source.k)
 
     def _texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
         """Prompts and responses as text; nothing where no source reads text."""

@@ -24,7 +24,7 @@ from pipeline.tracking import Tracker
 from stages.ppo.advantage import ESTIMATORS
 from stages.ppo.canary import canary
 from stages.ppo.ema import Ema
-from stages.ppo.experience import Experience, Judged, experience, judge, kl_estimator
+from stages.ppo.experience import Experience, Judged, experience, kl_estimator, read
 from stages.ppo.kl import Controller, estimate
 from stages.ppo.metrics import describe, table
 from stages.ppo.rewards import Rewards, Skipped
@@ -121,26 +121,34 @@ class Loop:
                 greedy = self.sample(prompts, step, block.samples_per_prompt, greedy=True)
         with clock.phase("score"):
             baseline = None
+            said = self.read(rollout, *self.judges, *([] if self.exact and self.checked else ["policy"]))
             try:
-                scores, parts = self.rewards(self.engine, rollout, rows, self.budget)
+                scores, parts = self.rewards(said, rollout, rows)
                 if greedy is not None:
-                    baseline = (self.rewards(self.engine, greedy, rows, self.budget)[0], greedy.lengths, greedy.ended)
+                    least = self.rewards(self.read(greedy, *self.rewards.models), greedy, rows)[0]
+                    baseline = (least, greedy.lengths, greedy.ended)
             except Trouble as trouble:
                 self.fail({n: engine.gather_rows(t) for n, t in vars(rollout).items()}, step, str(trouble))
-            logprobs, reference, values = self.judge(rollout, policy=not (self.exact and self.checked))
-            kept = rollout.logprobs if self.exact else logprobs
-            judged = Judged(rollout, kept, reference, values, scores, parts, baseline)
+            kept = rollout.logprobs if self.exact else said["policy"]
+            values = said.get("critic", torch.zeros_like(kept))
+            judged = Judged(rollout, kept, said["reference"], values, scores, parts, baseline)
             batch = experience(judged, block, self.kl.coef, self.running)
             if bad := batch.not_finite():
                 self.fail(batch.tensors(), step, f"{bad[0]} of response {bad[1]} are not finite")
             if not self.checked:
-                if dead := canary(self, prompts, rollout, logprobs):
+                if dead := canary(self, prompts, rollout, said["policy"]):
                     self.fail(batch.tensors(), step, f"canary: {dead}")
                 self.checked = True
         return batch
 
-    def judge(self, rollout: Rollout, *, policy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return judge(self.engine, rollout, self.block.sampling.temperature, self.budget, policy=policy)
+    @property
+    def judges(self) -> list[str]:
+        """The roles that read every rollout."""
+        critic = ["critic"] if self.update.critic else []
+        return ["reference", *critic, *self.rewards.models]
+
+    def read(self, rollout: Rollout, *roles: str) -> dict[str, Tensor]:
+        return read(self.engine, rollout, list(roles), self.block.sampling.temperature, self.budget)
 
     def learn(self, batch: Experience, step: int) -> dict[str, float]:
         """Update the policy (and critic, and average) from a batch; the step's metrics."""
@@ -197,8 +205,10 @@ class Loop:
         padded = [self.held_out[i % count] for i in range(-(-count // self.world) * self.world)]
         rows = [prompt.row for prompt in self.share(padded, 1)]
         rollout = self.sample(padded, 0, seed_offset=1)
+        watched = [*self.rewards.models, *(self.gold.models if self.gold is not None else [])]
+        said = self.read(rollout, "reference", *dict.fromkeys(watched), *([] if self.exact else ["policy"]))
         try:
-            scores, _ = self.rewards(self.engine, rollout, rows, self.budget)
+            scores, _ = self.rewards(said, rollout, rows)
         except Skipped as reason:
             self._tell(f"an evaluation is left out: {reason}")
             return {}
@@ -206,11 +216,11 @@ class Loop:
             self.fail({n: engine.gather_rows(t) for n, t in vars(rollout).items()}, self.step - 1, str(trouble))
         gold = None
         try:
-            gold = self.gold(self.engine, rollout, rows, self.budget)[0] if self.gold is not None else None
+            gold = self.gold(said, rollout, rows)[0] if self.gold is not None else None
         except (Skipped, Trouble) as reason:  # it is watched, not trained on: training goes on without it
             self._tell(f"the gold score is left out: {reason}")
-        logprobs, reference, _ = self.judge(rollout, policy=not self.exact)
-        kl = (estimate(logprobs, reference, kl_estimator(self.block)) * rollout.mask).sum(1)
+        logprobs = rollout.logprobs if self.exact else said["policy"]
+        kl = (estimate(logprobs, said["reference"], kl_estimator(self.block)) * rollout.mask).sum(1)
         scores, kl, lengths = (engine.gather_rows(column)[:count] for column in (scores, kl, rollout.lengths))
         found = {
             "eval/score": float(scores.mean()),

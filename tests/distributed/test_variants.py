@@ -291,6 +291,19 @@ def test_a_critic_of_its_own_weights(lora: Case, tmp_path: Path) -> None:
             assert (below / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("zero", [0, 3])
+def test_roles_read_together_what_they_read_alone(lora: Case, tmp_path: Path, zero: int) -> None:
+    """Four roles on one trunk in one pass, each row with its role's adapter."""
+    case = lora.copy(tmp_path)
+    found = case.call(
+        "tests.distributed.variant_cases:read_together",
+        overrides=[*SGD, "stages.ppo.lr=5.0", f"deepspeed.config=zero{zero}"],
+        world=2,
+    )
+    assert found.pop("policy to reference") > 1e-3, "the adapters do not differ"
+    assert max(found.values()) < 2e-5, found
+
+
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_rollouts_by_a_merged_copy_are_the_same(lora: Case, tmp_path: Path, zero: int) -> None:
     """Tokens, and within 1e-5 the update: by layers gathered one by one and by a whole copy; ranks end at different steps."""

@@ -32,6 +32,25 @@ def ppo_and_canary(recipe: str, run_dir: str, overrides: list[str]) -> list[floa
     return seen
 
 
+def read_together(recipe: str, run_dir: str, overrides: list[str]) -> dict[str, float]:
+    """For each role of a trained adapter, how far what it says in one pass with the others is from what it says alone, and
+    how far from what another role says: (role, other) -> largest difference."""
+    loop, batch = cases._collected(recipe, run_dir, overrides)
+    loop.learn(batch, 0)
+    rollout = loop.sample(loop.prompts.take(0, 8), 0)
+    tokens, starts, lengths = rollout.rows(torch.arange(len(rollout.lengths)))
+    width = rollout.logprobs.shape[1]
+    names = ["policy", "reference", "critic", "reward"]
+    asked = (tokens, starts, lengths, width, 1.0)
+    with loop.engine.module.evaluating():
+        together = loop.engine("read", names, *asked)
+        alone = {name: loop.engine("log_probs", name, *asked)[0] for name in names[:2]}
+        alone["critic"] = loop.engine("values", "critic", tokens, starts, width)
+        alone["reward"] = loop.engine("scores", "reward", tokens, starts + lengths)
+    found = {name: float((together[name] - alone[name]).abs().max()) for name in names}
+    return found | {"policy to reference": float((alone["policy"] - alone["reference"]).abs().max())}
+
+
 def recorded_update(recipe: str, run_dir: str, overrides: list[str], target: str) -> list[list[int]]:
     """`cases.one_update`, and the rows of each micro-batch in the order they were trained on."""
     from stages.ppo.experience import Experience

@@ -61,7 +61,7 @@ def rewards(encoder: Encoder, *sources: dict[str, Any]) -> Rewards:
 
 def score(encoder: Encoder, rollout: Rollout, *sources: dict[str, Any]) -> tuple[list[float], dict[str, list[float]]]:
     rows = [{"answer": "6 + 1 = #### 7"}, {"answer": "#### 0"}]
-    total, parts = rewards(encoder, *sources)(None, rollout, rows, 1)
+    total, parts = rewards(encoder, *sources)({}, rollout, rows)
     return total.tolist(), {name: part.tolist() for name, part in parts.items()}
 
 
