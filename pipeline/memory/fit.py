@@ -23,6 +23,11 @@ TOGETHER = 2
 Change = tuple[str, list[str]]
 """(What changes, the `--set` overrides that change it.)"""
 
+NAMES = {"cache": "the rollouts' key-value cache", "copy": "the copy with the adapter merged", "framework": "libraries"}
+
+MEANT = ("quantization", "method", "ranks", "length")
+"""Changes after which it is another training or another machine: tried when no other helps."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -68,11 +73,11 @@ def check(recipe: Recipe, stage: str, where: Device, given: list[str], configs: 
         return
     found = nearest(recipe, stage, where, given, configs)
     parts = need.phases[need.peak]
-    cache = " of which the key-value cache alone takes {:.2f}".format(parts.cache / 2**30)  # noqa: UP032
+    most = max(vars(parts), key=lambda name: float(getattr(parts, name)))
     raise UserError(
         recipe.where("stages", stage),
-        f"needs {need.gib:.2f} GiB on each rank in its phase `{need.peak}`,"
-        + (cache if parts.cache > parts.total / 2 else f" most of it {_most(need)}"),
+        f"needs {need.gib:.2f} GiB on each rank in its phase `{need.peak}`, {getattr(parts, most) / 2**30:.2f} of them for "
+        f"{NAMES.get(most, most)}",
         expected=f"at most {where.bytes / 2**30:.2f} GiB: {where.name}",
         fix=" ".join(f"--set {override}" for override in found[0]) + f" needs {found[1].gib:.2f} GiB"
         if found
@@ -80,24 +85,25 @@ def check(recipe: Recipe, stage: str, where: Device, given: list[str], configs: 
     )
 
 
-def _most(need: Need) -> str:
-    parts = need.phases[need.peak]
-    return max(vars(parts), key=lambda name: float(getattr(parts, name)))
-
-
 def nearest(
     recipe: Recipe, stage: str, where: Device, given: list[str], configs: Path | None = None
 ) -> tuple[list[str], Need] | None:
-    """The fewest changes, the mildest first, with which the stage fits; its need then. None when nothing helps."""
+    """The fewest changes, the mildest first, with which the stage fits; its need then. None when nothing helps.
+
+    What leaves the training as it is goes before all else, several such changes before one that does not.
+    """
     changes = list(_changes(recipe, stage, where))
-    for count in range(1, TOGETHER + 1):
-        for chosen in itertools.combinations(changes, count):
-            if len({key for key, _ in chosen}) == count:
-                overrides = [override for _, more in chosen for override in more]
-                need = _with(recipe, stage, where, given + overrides, configs)
-                if need is not None and need.bytes <= where.bytes:
-                    return overrides, need
-    return _one_after_the_other(recipe, stage, where, given, configs, changes)
+    for some in ([change for change in changes if change[0] not in MEANT], changes):
+        for count in range(1, TOGETHER + 1):
+            for chosen in itertools.combinations(some, count):
+                if len({key for key, _ in chosen}) == count:
+                    overrides = [override for _, more in chosen for override in more]
+                    need = _with(recipe, stage, where, given + overrides, configs)
+                    if need is not None and need.bytes <= where.bytes:
+                        return overrides, need
+        if found := _one_after_the_other(recipe, stage, where, given, configs, some):
+            return found
+    return None
 
 
 def _one_after_the_other(
@@ -153,17 +159,16 @@ def _changes(recipe: Recipe, stage: str, where: Device) -> Iterator[Change]:
         for better in (2, 3):
             if level < better and block.deepspeed.ranks > 1:
                 yield "zero", [f"{own}.deepspeed.config=zero{better}"]
+        if where.kind == "cuda":
+            yield "zero", [f"{own}.deepspeed.config=zero3_offload"]
     if block.base.quantization is None and block.adapter.method == "lora":
         dtype = [] if block.base.dtype == "bf16" else ["base.dtype=bf16"]
         yield "quantization", ["base.quantization=nf4", *dtype]
-    if where.kind == "cuda" and not isinstance(block, Evaluate):
-        yield "zero", [f"{own}.deepspeed.config=zero3_offload"]
     if block.adapter.method == "full":
         yield "method", ["adapter.method=lora"]
     if where.kind == "cuda" and not isinstance(block, Evaluate):
         for times in (2, 4, 8, 16):
-            ranks = block.deepspeed.num_gpus * times
-            yield "ranks", [f"{own}.deepspeed.num_gpus={ranks}", f"{own}.deepspeed.config=zero3"]
+            yield "ranks", [f"{own}.deepspeed.num_gpus={block.deepspeed.num_gpus * times}"]
     if sampling is not None:
         for length in _halves(sampling.max_response_length):
             yield "length", [f"{own}.sampling.max_response_length={length}"]

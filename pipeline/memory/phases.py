@@ -134,9 +134,8 @@ def estimate(
         gradients=engine.accumulated(trained) + engine.buckets(trained), activations=kept, logits=logits
     )
     phases["reduction"] = base.plus(gradients=engine.reducing(trained), activations=kept * left + last)
-    step = engine.stepping(groups, held.largest)
-    own = trained * engine.size / engine.share(2) if engine.level < 3 else 0.0
-    phases["step"] = base.plus(gradients=min(own, step), optimizer=max(0.0, step - own))
+    waiting, temporary = engine.stepping(groups, held.largest)
+    phases["step"] = base.plus(gradients=waiting, optimizer=temporary)
     if engine.cpu:
         phases["publishing"] = base.plus(weights=held.policy * engine.size)  # gathered whole on the first rank
     return Need(held.parameters, trained, phases)
@@ -144,25 +143,22 @@ def estimate(
 
 def _held(recipe: Recipe, stage: str, engine: Engine, configs: Path | None) -> Held:
     """Every distinct base once, adapters and heads per role; sharded under ZeRO-3."""
-    where, size = recipe.where("stages", stage, "base"), engine.size
-    known: dict[str, Shape] = {}
-    shared: dict[tuple[str, ...], list[Role]] = {}
-    for number, role in enumerate(roles(recipe, stage)):
-        if role.model not in known:
-            known[role.model] = shape(read(recipe.local(role.model), where, configs), where)
+    where, size, ranks = recipe.where("stages", stage, "base"), engine.size, engine.share(3)
+    shapes = [(r, shape(read(recipe.local(r.model), where, configs), where)) for r in roles(recipe, stage)]
+    shared: dict[tuple[str, ...], list[tuple[Role, Shape]]] = {}
+    for number, (role, form) in enumerate(shapes):
         if not role.head_only:
-            own = f"role {number}" if role.trained and role.adapter is None else ""
-            shared.setdefault((role.weights, role.quantization or "", own), []).append(role)
-    shapes = [(role, known[role.model]) for role in roles(recipe, stage)]
+            alone = f"role {number}" if role.trained and role.adapter is None else ""
+            shared.setdefault((role.weights, role.quantization or "", alone), []).append((role, form))
 
-    parameters, weights, file, ranks = 0, 0.0, 0.0, engine.share(3)
-    whole: dict[str, int] = {}  # parameters of the trunk that a trained role trains whole
+    parameters, weights, file = 0, 0.0, 0.0
+    whole: dict[str, int] = {}  # parameters of the trunk that a role trains whole
     for sharers in shared.values():
-        form = known[sharers[0].model]
-        other = form.other - (0 if any(role.speaks for role in sharers) else form.head)
+        first, form = sharers[0]
+        packed = first.quantization is not None
+        other = form.other - (0 if any(role.speaks for role, _ in sharers) else form.head)
         parameters += form.linear + other
-        whole |= {role.name: form.linear + other for role in sharers if role.trained}
-        packed = sharers[0].quantization is not None
+        whole |= {role.name: form.linear + other for role, _ in sharers if role.trained}
         # Packed weights are sharded as the 16-bit numbers they are stored as on GPUs; on CPUs they are bytes, and whole.
         weights += form.linear * (NF4_BYTES if packed else size) / (1 if packed and engine.cpu else ranks)
         weights += other * size / ranks
@@ -170,24 +166,29 @@ def _held(recipe: Recipe, stage: str, engine: Engine, configs: Path | None) -> H
             # Converted or sharded while the file is mapped; else its pages are the weights.
             file = max(file, float((form.linear + form.other) * STORED.get(form.stored, 2)))
 
-    adapters, groups, policy = 0.0, [], 0
+    adapters, groups = 0.0, []
     for role, form in shapes:
         head = 0 if role.speaks else form.width
-        adapters += head * size
-        own = 0
-        if role.adapter and not role.head_only:
-            own = form.lora(role.adapter)
-            for layer in form.adapted(role.adapter):
-                for elements in (role.adapter.r * layer.inputs, role.adapter.r * layer.outputs):
-                    # ZeRO-3 keeps small tensors whole beside their shards.
-                    copies = 1.0 if engine.level < 3 else 1 / ranks + (elements <= engine.persistent)
-                    adapters += layer.count * elements * size * copies
-        if role.trained:
-            groups.append(head if role.head_only else head + (own or whole[role.name]))
-            policy = policy or groups[-1]
+        adapters += head * size + _adapter(role, form, engine)
+        if role.trained and role.head_only:
+            groups.append(head)
+        elif role.trained:
+            groups.append(head + (form.lora(role.adapter) if role.adapter else whole[role.name]))
     if engine.offload_weights:
         weights = 0.0
-    return Held(shapes, parameters, groups, weights, adapters, policy, file)
+    return Held(shapes, parameters, groups, weights, adapters, groups[0] if groups else 0, file)
+
+
+def _adapter(role: Role, form: Shape, engine: Engine) -> float:
+    """A role's adapter. ZeRO-3 keeps small tensors whole beside their shards."""
+    if role.adapter is None or role.head_only:
+        return 0.0
+    total = 0.0
+    for layer in form.adapted(role.adapter):
+        for elements in (role.adapter.r * layer.inputs, role.adapter.r * layer.outputs):
+            copies = 1.0 if engine.level < 3 else 1 / engine.ranks + (elements <= engine.persistent)
+            total += layer.count * elements * engine.size * copies
+    return total
 
 
 def _accumulation(block: Stage) -> int:

@@ -121,25 +121,26 @@ class Engine:
         """Share of the activations still there when the first bucket is full: none if that holds all gradients."""
         return max(0.0, 1.0 - self.bucket / trained) if self.level and trained else 0.0
 
-    def stepping(self, groups: list[int], largest: int) -> float:
-        """Gradients, their flat and float32 copies and Adam's two temporaries, one role's group after the other.
+    def stepping(self, groups: list[int], largest: int) -> tuple[float, float]:
+        """(gradients; their flat and float32 copies and Adam's temporaries) where a step takes most: ZeRO steps one role's
+        group after the other.
 
         torch's Adam takes the root of the second moment and divides it, each a new tensor: of one parameter without ZeRO,
         of the group's whole partition with it. On GPUs it works on all parameters of a group at once, with one temporary.
         """
         if self.offload_states:
-            return 0.0
+            return 0.0, 0.0
         trained = sum(groups)
         temporaries = (2 if self.cpu else 1) * 4 if self.moments else 0
         if self.level == 0:
-            copies = 4 * trained if self.size < 4 else 0
-            return trained * self.size + copies + temporaries * (min(largest, trained) if self.cpu else max(groups))
-        most = 0.0
+            widest = min(largest, trained) if self.cpu else max(groups)
+            return float(trained * self.size), float((4 * trained if self.size < 4 else 0) + temporaries * widest)
+        copy = self.size + (4 if self.size < 4 else 0)
+        steps = []
         for number, group in enumerate(groups):
-            waiting = 0 if self.level == 3 else sum(groups[number:]) * self.size
-            flat = group * (self.size + (4 if self.size < 4 else 0) + temporaries)
-            most = max(most, (waiting + flat) / self.ranks)
-        return most
+            waiting = 0 if self.level == 3 else sum(groups[number:]) * self.size / self.share(2)
+            steps.append((waiting, group * (copy + temporaries) / self.ranks))
+        return max(steps, key=sum)
 
     def gathered(self, parameters: int, largest: int) -> float:
         """Whole weights that ZeRO-3 has gathered at a time: what it prefetches, and the tensors made from that."""
