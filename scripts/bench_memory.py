@@ -1,9 +1,9 @@
 """Measure the peak memory of ranks beside the plan: {LoRA, QLoRA, full} x ZeRO {0, 2, 3} at two model sizes.
 
 Runs a reward stage and PPO stages on random Llama models, two ranks each, with `scripts/bench_memory/peak.py` around them.
-Writes docs/results/memory.md.
+Writes docs/results/memory.md. Peaks that `--work` holds already are not measured again.
 
-    python scripts/bench_memory.py [--sizes small,large] [--methods lora,qlora,full] [--zero 0,2,3] [--out FILE]
+    python scripts/bench_memory.py --work FOLDER [--sizes small,large] [--methods lora,qlora,full] [--zero 0,2,3] [--out FILE]
 
 On CPUs the measure is the process's highest resident size, nothing subtracted. glibc keeps most of what is freed for later
 and cuts it into pieces, so that the resident size grows beyond what is allocated; MALLOC_MMAP_THRESHOLD_ makes it give every
@@ -13,15 +13,15 @@ tensor back when it is freed, as `--allocator default` does not. On GPUs the mea
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from pipeline import launch  # noqa: E402
 from pipeline.config.kinds import KINDS  # noqa: E402
 from pipeline.config.recipe import load  # noqa: E402
-from pipeline.memory import estimate  # noqa: E402
+from pipeline.memory import estimate, shape  # noqa: E402
 
 PEAK = ROOT / "scripts" / "bench_memory" / "peak.py"
 QUICKSTART = ROOT / "pipeline" / "recipes" / "quickstart"
@@ -46,29 +46,27 @@ METHODS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 }
 PROMPT, RESPONSE = 256, 64
 ROWS = 40
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "16384"}
 """Bytes from which glibc gives an allocation pages of its own, and returns them when it is freed."""
 
 
 def main() -> None:
     options = parsed()
-    rows: list[str] = []
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data(folder)
-        for size in options.sizes.split(","):
-            parameters = model(folder / size, size)
-            for method in options.methods.split(","):
-                path = recipe(folder, size, method)
-                rows.append(row(size, parameters, method, path, folder, "reward", "2", options.allocator))
-                for zero in options.zero.split(","):
-                    rows.append(row(size, parameters, method, path, folder, "ppo", zero, options.allocator))
-    options.out.write_text(page(rows, options, time.monotonic() - began), encoding="utf-8")
+    folder = options.work.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    data(folder)
+    rows = []
+    for size, method in itertools.product(options.sizes.split(","), options.methods.split(",")):
+        parameters = model(folder / size, size)
+        path = recipe(folder, size, method)
+        for stage, zero in [("reward", "2"), *(("ppo", zero) for zero in options.zero.split(","))]:
+            rows.append(row(f"{size} ({parameters / 1e6:.0f} M)", method, path, folder, stage, zero, options.allocator))
+    options.out.write_text(page(rows, options), encoding="utf-8")
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, runs and what was measured")
     parser.add_argument("--sizes", default="small,large")
     parser.add_argument("--methods", default="lora,qlora,full")
     parser.add_argument("--zero", default="0,2,3")
@@ -77,22 +75,26 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def row(size: str, parameters: int, method: str, path: Path, folder: Path, stage: str, zero: str, malloc: str) -> str:
-    """Run a stage and compare; a line of the table."""
+def row(size: str, method: str, path: Path, folder: Path, stage: str, zero: str, allocator: str) -> str:
+    """Run a stage, or take what was measured before, and compare; a line of the table."""
     given = [f"stages.{stage}.deepspeed.config=zero{zero}"]
-    kind = "cpu" if launch.devices() is None else "cuda"
-    need = estimate(load(path, given), stage, None, kind)  # type: ignore[arg-type]
-    began = time.monotonic()
-    measured = measure(path, stage, folder, given, malloc)
+    kind: Literal["cpu", "cuda"] = "cpu" if launch.devices() is None else "cuda"
+    need = estimate(load(path, given), stage, None, kind)
+    kept = folder / "measured.json"
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    key, began = f"{path.stem} {stage} zero{zero} {allocator}", time.monotonic()
+    if key not in known:
+        known[key] = measure(path, stage, folder, given, allocator)
+        kept.write_text(json.dumps(known, indent=1), encoding="utf-8")
     line = (
-        f"| {size} ({parameters / 1e6:.0f} M) | {stage} | {method} | {zero} | {measured / 2**20:,.0f} | "
-        f"{need.bytes / 2**20:,.0f} | {need.bytes / measured:.3f} | {need.peak} |"
+        f"| {size} | {stage} | {method} | {zero} | {known[key] / 2**20:,.0f} | {need.bytes / 2**20:,.0f} | "
+        f"{need.bytes / known[key]:.3f} | {need.peak} |"
     )
     print(f"{line} {time.monotonic() - began:.0f} s", flush=True)
     return line
 
 
-def measure(path: Path, stage: str, folder: Path, given: list[str], malloc: str) -> int:
+def measure(path: Path, stage: str, folder: Path, given: list[str], allocator: str) -> int:
     """The highest peak of the stage's ranks, in bytes."""
     peaks = folder / "peaks"
     peaks.mkdir(exist_ok=True)
@@ -104,8 +106,7 @@ def measure(path: Path, stage: str, folder: Path, given: list[str], malloc: str)
     command[at : at + 2] = [str(PEAK), KINDS[loaded.stages[stage].kind].module]
     command.remove("--lock-held")
     env = launch.environment() | {"RELAY_PEAKS": str(peaks), "PYTHONPATH": str(ROOT)}
-    env |= MALLOC if malloc == "returning" else {}
-    env.pop(launch.PARENT)
+    env |= MALLOC if allocator == "returning" else {}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     found = [json.loads(file.read_text(encoding="utf-8")) for file in peaks.glob("*.json")]
     if done.returncode or len(found) != loaded.stages[stage].deepspeed.ranks:
@@ -118,6 +119,8 @@ def model(folder: Path, size: str) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if (folder / "config.json").exists():
+        return shape(json.loads((folder / "config.json").read_text(encoding="utf-8")), size).parameters
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
     heads = SIZES[size]["hidden_size"] // 64
     config = AutoConfig.for_model(
@@ -209,7 +212,7 @@ def recipe(folder: Path, size: str, method: str) -> Path:
     return path
 
 
-def page(rows: list[str], options: argparse.Namespace, seconds: float) -> str:
+def page(rows: list[str], options: argparse.Namespace) -> str:
     asked = [f"--{name} {getattr(options, name)}" for name in ("sizes", "methods", "zero", "allocator")]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -224,7 +227,7 @@ def page(rows: list[str], options: argparse.Namespace, seconds: float) -> str:
         f"""# The memory plan beside the measured peak
 
 `python scripts/bench_memory.py {" ".join(asked)}`, commit {commit.stdout.strip()}, {versions}, {os.uname().sysname}
-{os.uname().machine}, Python {sys.version.split()[0]}; {seconds / 60:.0f} minutes.
+{os.uname().machine}, Python {sys.version.split()[0]}.
 
 Random Llama models, two ranks; LoRA (r 16, all linear layers) and full fine-tuning in float32, QLoRA on nf4 under bf16.
 Prompts of {PROMPT} tokens, responses of {RESPONSE}; PPO with policy, reference, critic and reward model, two optimizer steps

@@ -119,7 +119,7 @@ def estimate(
 
     groups, trained = held.groups, held.trained
     average = 4.0 * held.policy if engine.cpu and isinstance(block, Ppo) and block.ema_decay else 0.0
-    phases["setting up"] = base.plus(optimizer=engine.resident(trained) + engine.setting_up(groups))
+    phases["setting up"] = base.plus(optimizer=engine.setting_up(groups))
     base = base.plus(gradients=engine.held(trained), optimizer=engine.resident(trained) + average)
     if isinstance(block, Ppo):
         if block.sampling.adapter == "merged" or (merged and block.adapter.method != "full"):
@@ -128,12 +128,15 @@ def estimate(
         slots, micro = block.rollout_batch // block.deepspeed.ranks, _micro(block)
         phases["rollout"] = _rollout(base, block, block.sampling, slots, block.samples_per_prompt, held, engine)
         phases["scoring"] = _scoring(base, block, block.sampling, micro, held, engine)
-    kept, last, logits = _kept(block, held, engine)
-    left = engine.left(trained)
+    waits = _supervised(block, held, engine) if isinstance(block, Supervised) else _ppo(block, held, engine)
     phases["backward"] = base.plus(
-        gradients=engine.accumulated(trained) + engine.buckets(trained), activations=kept, logits=logits
+        gradients=engine.accumulated(trained) + engine.buckets(trained),
+        activations=waits.kept + waits.whole,
+        logits=waits.logits,
     )
-    phases["reduction"] = base.plus(gradients=engine.reducing(trained), activations=kept * left + last)
+    phases["reduction"] = base.plus(
+        gradients=engine.reducing(trained), activations=waits.kept * engine.left(trained) + waits.whole
+    )
     waiting, temporary = engine.stepping(groups, held.largest)
     phases["step"] = base.plus(gradients=waiting, optimizer=temporary)
     if engine.cpu:
@@ -252,36 +255,47 @@ def _unpacked(role: Role, form: Shape, engine: Engine) -> float:
     return max(layer.inputs * layer.outputs for layer in form.linears) * engine.size if role.quantization else 0.0
 
 
-def _kept(block: Stage, held: Held, engine: Engine) -> tuple[float, float, float]:
-    """(activations of one micro-batch that wait for their backward pass, what gathered or unpacked weights take beside
-    gradients, logits)."""
-    policy, form = held.shapes[0]
-    if isinstance(block, Supervised):
-        tokens = _micro(block) * block.max_length * (2 if isinstance(block, Reward) else 1)
-        kept = _saved(block, policy, form, tokens, block.max_length, engine, masked=True)
-        gathered = 0.0
-        if engine.level == 3:  # a training loop of one order: what is used again soon stays
-            gathered = (min(form.parameters, REUSE) + min(form.parameters, engine.prefetch)) * engine.size
-        extra = _unpacked(policy, form, engine) + gathered
-        return kept + extra, extra, _fused_head(policy, form, tokens, engine) if isinstance(block, Sft) else 0.0
+@dataclass(frozen=True)
+class Waiting:
+    """What lies between a micro-batch's forward and backward pass: `kept` by the blocks, `whole` weights that ZeRO-3 has
+    gathered or that are unpacked from 4 bits, `logits`."""
+
+    kept: float
+    whole: float
+    logits: float
+
+
+def _supervised(block: Supervised, held: Held, engine: Engine) -> Waiting:
+    (policy, form), *_ = held.shapes
+    tokens = _micro(block) * block.max_length * (2 if isinstance(block, Reward) else 1)
+    kept = _saved(block, policy, form, tokens, block.max_length, engine, masked=True)
+    gathered = 0.0
+    if engine.level == 3:  # one order of modules, step for step: what is used again soon stays
+        gathered = float((min(form.parameters, REUSE) + min(form.parameters, engine.prefetch)) * engine.size)
+    logits = _fused_head(policy, form, tokens, engine) if isinstance(block, Sft) else 0.0
+    return Waiting(kept, _unpacked(policy, form, engine) + gathered, logits)
+
+
+def _ppo(block: Stage, held: Held, engine: Engine) -> Waiting:
+    """Policy and critic keep their activations; then the critic's backward pass goes first. Until the policy's turn only the
+    scaled logits wait, unless they are computed again. Then the critic's activations are gone and the logits' gradients
+    are made."""
     assert isinstance(block, Ppo)
+    (policy, form), *_ = held.shapes
     sampling, micro = block.sampling, _micro(block)
     length = sampling.max_prompt_length + sampling.max_response_length
-    elements = micro * sampling.max_response_length
-    whole = elements <= _chunk(form)
-    chunk = min(elements, _chunk(form)) * form.vocabulary
-    activations, critic = 0.0, 0.0
-    for role, own in held.shapes:
-        if role.trained and not role.head_only:
-            found = _saved(block, role, own, micro * length, length, engine, masked=False)
-            activations, critic = activations + found, found if role.name == "critic" else critic
-    # The critic's backward pass goes first. Until then only the scaled logits wait, unless they are computed again; when the
-    # policy's turn comes, the critic's activations are gone, and the logits' gradients are made.
-    waiting, turning = (4 * chunk if whole else 0), chunk * (engine.size + 16)
-    extra = _unpacked(policy, form, engine) + (2.0 * form.largest * engine.size if engine.level == 3 else 0.0)
-    if turning > waiting + critic:
-        return activations - critic + extra, extra, float(turning)
-    return activations + extra, extra, float(waiting)
+    kept = {
+        role.name: _saved(block, role, own, micro * length, length, engine, masked=False)
+        for role, own in held.shapes
+        if role.trained and not role.head_only
+    }
+    rows = micro * sampling.max_response_length
+    elements = min(rows, _chunk(form)) * form.vocabulary
+    waiting, turning = 4 * elements if rows <= _chunk(form) else 0, elements * (engine.size + 16)
+    whole = _unpacked(policy, form, engine) + (2.0 * form.largest * engine.size if engine.level == 3 else 0.0)
+    if turning > waiting + kept.get("critic", 0.0):
+        return Waiting(kept["policy"], whole, float(turning))
+    return Waiting(sum(kept.values()), whole, float(waiting))
 
 
 def _saved(block: Stage, role: Role, form: Shape, tokens: int, length: int, engine: Engine, *, masked: bool) -> float:

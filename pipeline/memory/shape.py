@@ -27,8 +27,8 @@ class Shape:
     (0 when tied); the width of the states a score head reads.
 
     Then the sizes of a block: `hidden` is the residual stream's width, `queries` and `keys` those of attention's queries
-    and of its keys (or values), `inner` the feed-forward's; `rms` for RMSNorm (else LayerNorm); `feed` for how the
-    feed-forward works; `stored` is the dtype in which the file holds the weights.
+    and of its keys (or values), `inner` the feed-forward's; `rms` for RMSNorm (else LayerNorm), `head_norms` where queries and
+    keys have one too; `feed` for how the feed-forward works; `stored` is the dtype in which the file holds the weights.
     """
 
     linears: list[Linear]
@@ -43,7 +43,8 @@ class Shape:
     inner: int
     heads: int
     rms: bool
-    feed: Literal["gated", "relu", "gelu"]
+    head_norms: bool
+    feed: Literal["gated", "relu", "gelu", "gelu_new"]
     stored: str
 
     @property
@@ -77,14 +78,15 @@ class Shape:
         """
         repeated = self.queries if masked else self.keys
         attention = (2 * self.queries + 2 * repeated) * size + 4 * self.heads  # queries, output; keys, values
-        # Gate, its activation and the other half; ReLU keeps its output, GELU its input.
-        feed = {"gated": 3, "relu": 1, "gelu": 1}[self.feed] * self.inner * size
+        # Gate, its activation and the other half; ReLU keeps its output, GELU its input; its tanh form is four steps.
+        feed = {"gated": 3, "relu": 1, "gelu": 1, "gelu_new": 4}[self.feed] * self.inner * size
         # RMSNorm computes in float32: its input there, which in a float32 model is the residual stream itself.
-        norms = 2 * self.hidden * (4 if self.rms else size)
+        normed = 2 * self.hidden + (self.queries + self.keys if self.head_norms else 0)
+        norms = normed * (4 if self.rms else size)
         if adapter is None:
             # Inputs of the projections, of the last one (which ReLU keeps already), and, for RMSNorm's weight, what it scales.
             inputs = 2 * self.hidden + (0 if self.feed == "relu" else self.inner)
-            return self.layers * (attention + feed + norms + (inputs + (2 * self.hidden if self.rms else 0)) * size)
+            return self.layers * (attention + feed + norms + (inputs + (normed if self.rms else 0)) * size)
         read = self._read(adapter) * (3 if adapter.dropout else 1)  # dropout keeps its mask and each layer's own input
         ranks = sum(layer.count for layer in self.adapted(adapter)) * adapter.r
         return self.layers * (attention + feed + norms) + (read + ranks) * size
@@ -160,8 +162,22 @@ def _llama(config: dict[str, Any]) -> Shape:
     head = 0 if config.get("tie_word_embeddings") else vocabulary * hidden
     other = vocabulary * hidden + head + layers * (2 * hidden + extra) + hidden
     return Shape(
-        linears, other, head, hidden, vocabulary, layers, hidden, queries, keys, inner, heads, True, "gated", _stored(config)
-    )  # fmt: skip
+        linears=linears,
+        other=other,
+        head=head,
+        width=hidden,
+        vocabulary=vocabulary,
+        layers=layers,
+        hidden=hidden,
+        queries=queries,
+        keys=keys,
+        inner=inner,
+        heads=heads,
+        rms=True,
+        head_norms=config["model_type"] == "qwen3",
+        feed="gated",
+        stored=_stored(config),
+    )
 
 
 def _opt(config: dict[str, Any]) -> Shape:
@@ -181,8 +197,22 @@ def _opt(config: dict[str, Any]) -> Shape:
         + layers * (4 * hidden + inner + hidden + 4 * hidden)
     )
     return Shape(
-        linears, other, 0, width, vocabulary, layers, hidden, hidden, hidden, inner, heads, False, "relu", _stored(config)
-    )  # fmt: skip
+        linears=linears,
+        other=other,
+        head=0,
+        width=width,
+        vocabulary=vocabulary,
+        layers=layers,
+        hidden=hidden,
+        queries=hidden,
+        keys=hidden,
+        inner=inner,
+        heads=heads,
+        rms=False,
+        head_norms=False,
+        feed="relu" if config.get("activation_function", "relu") == "relu" else "gelu",
+        stored=_stored(config),
+    )
 
 
 def _gpt2(config: dict[str, Any]) -> Shape:
@@ -195,8 +225,22 @@ def _gpt2(config: dict[str, Any]) -> Shape:
     biases = 3 * hidden + 2 * hidden + inner
     other = (vocabulary + config["n_positions"]) * hidden + 2 * hidden + layers * (4 * hidden + biases)
     return Shape(
-        linears, other, 0, hidden, vocabulary, layers, hidden, hidden, hidden, inner, heads, False, "gelu", _stored(config)
-    )  # fmt: skip
+        linears=linears,
+        other=other,
+        head=0,
+        width=hidden,
+        vocabulary=vocabulary,
+        layers=layers,
+        hidden=hidden,
+        queries=hidden,
+        keys=hidden,
+        inner=inner,
+        heads=heads,
+        rms=False,
+        head_norms=False,
+        feed="gelu_new" if config.get("activation_function", "gelu_new") == "gelu_new" else "gelu",
+        stored=_stored(config),
+    )
 
 
 def _gpt_neox(config: dict[str, Any]) -> Shape:
@@ -212,8 +256,22 @@ def _gpt_neox(config: dict[str, Any]) -> Shape:
     head = vocabulary * hidden
     other = 2 * head + layers * (4 * hidden + 3 * hidden + 2 * hidden + inner) + 2 * hidden
     return Shape(
-        linears, other, head, hidden, vocabulary, layers, hidden, hidden, hidden, inner, heads, False, "gelu", _stored(config)
-    )  # fmt: skip
+        linears=linears,
+        other=other,
+        head=head,
+        width=hidden,
+        vocabulary=vocabulary,
+        layers=layers,
+        hidden=hidden,
+        queries=hidden,
+        keys=hidden,
+        inner=inner,
+        heads=heads,
+        rms=False,
+        head_norms=False,
+        feed="gelu",
+        stored=_stored(config),
+    )
 
 
 def _linears(count: int, **sizes: tuple[int, int]) -> list[Linear]:

@@ -73,8 +73,14 @@ class Engine:
         return trained * (master + self.moments) / self.share(1)
 
     def setting_up(self, groups: list[int]) -> float:
-        """Besides master weights, while the engine is built: the flat copy of the group whose weights are still there."""
-        return float(max(groups, default=0) * self.size) if self.level in (1, 2) else 0.0
+        """Optimizer states while the engine is built. ZeRO-1 and 2 flatten a group beside its weights; for 16-bit weights
+        without ZeRO a step of zero gradients makes the moments."""
+        if self.offload_states:
+            return 0.0
+        if self.level == 0:
+            return float(sum(groups) * (4 + self.moments + 4)) if self.size < 4 else 0.0
+        flat = max(groups, default=0) * self.size if self.level < 3 else 0
+        return sum(groups) * 4 / self.ranks + flat
 
     def held(self, trained: int) -> float:
         """Gradient buffers that are there in every phase: ZeRO-3's partition, and its bucket once it was filled."""

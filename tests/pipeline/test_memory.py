@@ -277,6 +277,16 @@ def test_what_a_block_keeps_of_a_token(size: int, adapter: Adapter | None, maske
     assert memory.shape(TINY, "test").kept(size, adapter, masked=masked) == 3 * numbers
 
 
+def test_other_families_keep_other_tensors() -> None:
+    """GPT-2 in float32, full: queries, output, keys, values; inputs of two LayerNorms and of two projections; the four
+    steps of its GELU, and its output; a number for each of 2 heads."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 50, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    assert memory.shape(gpt2, "test").kept(4, None, masked=False) == 2 * (4 * (4 * 8 + 2 * 8 + 2 * 8 + 5 * 32) + 4 * 2)
+    # Qwen3 has norms of queries (8) and keys (4): their inputs, and what they scale.
+    plain, normed = (memory.shape({**TINY, "model_type": kind}, "test") for kind in ("llama", "qwen3"))
+    assert normed.kept(2, None, masked=False) - plain.kept(2, None, masked=False) == 3 * (8 + 4) * (4 + 2)
+
+
 def test_activations_of_ppo_are_those_of_policy_and_critic(tiny: str, tmp_path: Path) -> None:
     sampling = {"max_prompt_length": 6, "max_response_length": 4}
     ppo = {"rollout_batch": 8, "micro_batch": 2, "sampling": sampling}
