@@ -44,7 +44,7 @@ METHODS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "qlora": ({"dtype": "bf16", "quantization": "nf4"}, {"method": "lora", "r": 16}),
     "full": ({"dtype": "fp32"}, {"method": "full"}),
 }
-PROMPT, RESPONSE = 256, 64
+PROMPT, RESPONSE = 192, 32
 ROWS = 40
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "16384"}
 """Bytes from which glibc gives an allocation pages of its own, and returns them when it is freed."""

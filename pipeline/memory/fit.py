@@ -25,6 +25,9 @@ Change = tuple[str, list[str]]
 
 NAMES = {"cache": "the rollouts' key-value cache", "copy": "the copy with the adapter merged", "framework": "libraries"}
 
+LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Where Linux says what a container may use: a number, or `max`."""
+
 MEANT = ("quantization", "method", "ranks", "length")
 """Changes after which it is another training or another machine: tried when no other helps."""
 
@@ -50,8 +53,14 @@ def device(recipe: Recipe, stage: str, gib: float | None = None) -> Device:
         if sizes:
             return Device("cuda", min(sizes) * 2**20, "this machine's GPU")
     ranks = recipe.stages[stage].deepspeed.num_gpus
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", memory / ranks, f"this machine's memory for each of {ranks} ranks")
+    return Device("cpu", _memory() / ranks, f"this machine's memory for each of {ranks} ranks")
+
+
+def _memory() -> int:
+    """Bytes of this machine, or of the container that this process lives in."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = LIMIT.read_text(encoding="utf-8").strip() if LIMIT.is_file() else "max"
+    return min(whole, int(limit)) if limit.isdigit() else whole
 
 
 def fits(recipe: Recipe, stage: str, where: Device, configs: Path | None = None, *, merged: bool = False) -> bool:

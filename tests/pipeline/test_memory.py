@@ -11,7 +11,7 @@ from pipeline import memory
 from pipeline.config.recipe import load
 from pipeline.config.schema import Adapter
 from pipeline.errors import UserError
-from pipeline.memory import Need, phases
+from pipeline.memory import Need, fit, phases
 
 pytestmark = pytest.mark.fast
 
@@ -379,15 +379,19 @@ def test_device_is_what_is_asked_for_else_the_machines(tmp_path: Path, monkeypat
     monkeypatch.setattr("pipeline.launch.devices", lambda: None)
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4 * 2**20}
     monkeypatch.setattr("os.sysconf", pages.__getitem__)
-    found = memory.device(recipe, "sft")
-    assert (found.kind, found.bytes) == ("cpu", 4 * GIB)  # 16 GiB, a quarter for each rank
+    monkeypatch.setattr(fit, "LIMIT", tmp_path / "memory.max")
+    for limit, share in ((None, 4), ("max", 4), (str(8 * GIB), 2)):  # of 16 GiB, or of 8, a quarter for each rank
+        if limit is not None:
+            (tmp_path / "memory.max").write_text(f"{limit}\n", encoding="utf-8")
+        found = memory.device(recipe, "sft")
+        assert (found.kind, found.bytes) == ("cpu", share * GIB)
 
 
 LONG = {"micro_batch": 1, "gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize(
-    ("gib", "changes", "fix"),
+    ("gib", "changes", "wanted"),
     [
         # Two roles keep 10 GiB each of 16 rows of 512 tokens; computing them again is the mildest change.
         (5.0, {"ppo": {"rollout_batch": 16}}, ["stages.ppo.gradient_checkpointing=true"]),
@@ -396,14 +400,14 @@ LONG = {"micro_batch": 1, "gradient_checkpointing": True}
     ],
 )
 def test_nearest_change_is_the_mildest_that_fits(
-    gib: float, changes: dict[str, Any], fix: list[str], tmp_path: Path
+    gib: float, changes: dict[str, Any], wanted: list[str], tmp_path: Path
 ) -> None:
     need(tmp_path, "ppo", QWEN, **changes)
     recipe, device = load(tmp_path / "r.yaml"), memory.Device("cuda", gib * GIB, "a GPU")
     with pytest.raises(UserError, match=r"stages\.ppo: needs \d+\.\d\d GiB on each rank") as error:
         memory.check(recipe, "ppo", device, [], CONFIGS)
-    assert error.value.fix.startswith(" ".join(f"--set {override}" for override in fix))
-    memory.check(load(tmp_path / "r.yaml", fix), "ppo", device, fix, CONFIGS)
+    assert error.value.fix.startswith(" ".join(f"--set {override}" for override in wanted))
+    memory.check(load(tmp_path / "r.yaml", wanted), "ppo", device, wanted, CONFIGS)
 
 
 def test_what_nothing_mends_is_said(tmp_path: Path) -> None:
