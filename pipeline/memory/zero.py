@@ -116,12 +116,15 @@ class Engine:
         if self.level == 3:
             # The interleaved copy that is scattered; gloo's reduce-scatter works on a copy of that.
             return filled * self.size * (2 if self.cpu else 1)
-        buckets = 2 if self.overlap and (not self.cpu or trained > self.bucket) else 1
         whole = trained * self.size if self.level == 1 and self.accumulation > 1 else 0  # until they are in the bucket
         own = 0.0 if self.offload_states or self.level == 1 else trained * self.size / self.ranks
         before = own if self.accumulation > 1 else 0.0
-        # The flat copy of the bucket is gone again when this rank's part of it is kept.
-        return max(buckets * filled * self.size + max(filled * self.size, own) + before, whole)
+        full = filled * self.size
+        # A bucket's flat copy is gone again when this rank's part of it is kept. With overlap the next one fills meanwhile.
+        if not self.cpu:
+            return max((2 if self.overlap else 1) * full + max(full, own) + before, whole)
+        after = min(trained - filled, filled) * self.size if self.overlap else 0
+        return max(2 * full + before, full + after + max(after, own) + before, whole)
 
     def left(self, trained: int) -> float:
         """Share of the activations still there when the first bucket is full: none if that holds all gradients."""

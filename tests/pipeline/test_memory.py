@@ -357,6 +357,23 @@ def test_gradients_of_zero_2_pass_through_a_bucket_and_its_flat_copy(tiny: str, 
     assert on_gpu.phases["backward"].gradients == 4 * TINY_ALL * (2 + 1 / 2)
 
 
+def test_second_bucket_fills_with_what_the_first_did_not_hold(tiny: str, tmp_path: Path) -> None:
+    zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 3000}
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
+    options = {
+        "base": {"model": tiny, "dtype": "fp32"},
+        "adapter": {"method": "full"},
+        "sft": {"batch": 4, "micro_batch": 2},
+    }
+    place = {"config": "mine.json", "num_gpus": 2}
+    assert TINY_ALL == 3672
+    found = need(tmp_path, "sft", tiny, "cpu", deepspeed=place, **options)
+    assert found.phases["reduction"].gradients == 4 * 2 * 3000  # the first and its flat copy; later 3000 + 672 + 1836
+    # When it is full, the rest of the backward pass has 672 of 3672 gradients to go.
+    kept = found.phases["backward"].activations
+    assert found.phases["reduction"].activations == pytest.approx(kept * 672 / 3672)
+
+
 def test_zero_3_shards_weights_and_gathers_them_to_compute(tiny: str, tmp_path: Path) -> None:
     options = {
         "base": {"model": tiny, "dtype": "fp32"},
