@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +19,7 @@ from pipeline.config.recipe import Recipe, load, sources
 from pipeline.data import split
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, UserError
 from pipeline.lock import run_lock
+from pipeline.memory import Need
 from pipeline.summary import summary
 
 commands = typer.Typer(
@@ -27,6 +29,14 @@ commands = typer.Typer(
     help="RLHF in stages under DeepSpeed, one verified checkpoint from stage to stage.",
 )
 console = Console(highlight=False, soft_wrap=True)
+PART_TITLES = {
+    "adapters": "adapt",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "activations": "activ",
+    "cache": "KV",
+    "framework": "libs",
+}
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder of the run; default runs/<name>")]
@@ -129,34 +139,53 @@ def plan(
     configs: Annotated[
         Path | None, typer.Option(help="folder of <org>__<name>/config.json, read instead of the hub")
     ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--device-memory", metavar="GIB", help="plan for GPUs of this size; default: this machine"),
+    ] = None,
 ) -> None:
-    """What would run: the commands, the batch arithmetic and the memory per rank, before anything is loaded."""
-    from pipeline.memory import estimate
+    """What would run: the commands and the memory per rank in each phase, before anything is loaded. Exit code 2 when a
+    stage does not fit the device."""
+    from pipeline.memory import check, device, estimate, merged_copy_fits
 
     loaded, folder, given = _open(recipe, run_dir, overrides, ranks)
-    table = Table("stage", "kind", "base", "method", "DeepSpeed", "ranks", "parameters", "trained", "GiB per rank")
     for stage in loaded.order():
-        block = loaded.stages[stage]
-        need = estimate(loaded, stage, configs)
-        method = (
-            "none"
-            if block.kind == "evaluate"
-            else block.adapter.method + (" on nf4" if block.base.quantization else "")
+        block, where = loaded.stages[stage], device(loaded, stage, memory)
+        sampling = getattr(block, "sampling", None) if block.kind == "ppo" and block.adapter.method != "full" else None
+        merged = sampling is not None and sampling.adapter == "auto"
+        merged = merged and merged_copy_fits(loaded, stage, where.bytes, where.kind, configs)
+        need = estimate(loaded, stage, configs, where.kind, merged=merged)
+        method = "frozen" if block.kind == "evaluate" else block.adapter.method
+        quantized = " on nf4" if block.base.quantization else ""
+        console.print(
+            f"[bold]{stage}[/bold] ({block.kind})  {block.base.model}  {method}{quantized}  {block.deepspeed.config}  "
+            f"ranks: {block.deepspeed.ranks}  parameters: {need.parameters / 1e6:,.1f} M  "
+            f"trained: {need.trained / 1e6:,.2f} M"
         )
-        table.add_row(
-            stage,
-            block.kind,
-            block.base.model,
-            method,
-            block.deepspeed.config,
-            str(block.deepspeed.ranks),
-            f"{need.parameters / 1e6:,.1f} M",
-            f"{need.trained / 1e6:,.2f} M",
-            f"{need.gib:.2f}",
+        console.print(_memory(need))
+        console.print(
+            f"peak {need.gib:.2f} GiB per rank, in {need.peak}; headroom {where.bytes / 2**30 - need.gib:.2f} GiB of "
+            f"{where.bytes / 2**30:.2f} ({where.name})"
+            + ("; with room for rollouts with a merged adapter, counted as copy" if merged else "")
         )
-    console.print(table)
+        console.print(" ".join(["deepspeed", *launch.command(loaded, stage, folder, given)[1:]]) + "\n")
     for stage in loaded.order():
-        console.print(" ".join(["deepspeed", *launch.command(loaded, stage, folder, given)[1:]]))
+        check(loaded, stage, device(loaded, stage, memory), given, configs)
+
+
+def _memory(need: Need) -> Table:
+    """GiB per rank: a row for each phase of a stage, a column for each part that any of them has."""
+    names = [
+        name for name in vars(next(iter(need.phases.values()))) if any(vars(p)[name] for p in need.phases.values())
+    ]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("GiB", no_wrap=True)
+    for name in [*(PART_TITLES.get(name, name) for name in names), "all"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for phase, parts in need.phases.items():
+        row = [f"{value / 2**30:.2f}" for value in (*(getattr(parts, name) for name in names), parts.total)]
+        table.add_row(phase, *row, style="bold" if phase == need.peak else None)
+    return table
 
 
 @commands.command()

@@ -55,15 +55,27 @@ def test_recipe_of_the_tests_loads(path: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_plan_shows_every_stage_its_model_and_its_command(path: Path) -> None:
     recipe = load(path)
-    done = relay("plan", path.stem, "--configs", str(CONFIGS))
+    done = relay("plan", path.stem, "--configs", str(CONFIGS), "--device-memory", "80")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     for stage, block in recipe.stages.items():
-        row = next(line for line in done.stdout.splitlines() if line.startswith(f"│ {stage} "))
+        row = next(line for line in done.stdout.splitlines() if line.startswith(f"{stage} ({block.kind})"))
         assert block.base.model in row
         assert f"--stage {stage} " in done.stdout
         if stage == "sft" and block.base.model in PUBLISHED:
             assert f"{PUBLISHED[block.base.model][0] / 1e6:,.1f} M" in row
+    assert done.stdout.count("headroom") == len(recipe.stages)
+    assert "of 80.00 (a GPU of 80 GiB)" in done.stdout
+
+
+def test_plan_refuses_what_does_not_fit_and_names_the_change_that_does() -> None:
+    """Llama-3-8B in 4 bits takes 5.3 GiB of weights: in 6 GiB there is no room for 8 rows of activations."""
+    done = relay("plan", "hh_llama3_8b_qlora", "--configs", str(CONFIGS), "--device-memory", "6")
+    assert done.returncode == 2
+    assert "stages.sft: needs" in done.stderr
+    assert "expected at most 6.00 GiB: a GPU of 6 GiB" in done.stderr
+    fix = next(line for line in done.stderr.splitlines() if "fix: --set" in line)
+    assert "stages.sft.gradient_checkpointing=true" in fix or "stages.sft.deepspeed.config=zero3" in fix
 
 
 def test_hh_stages_have_disjoint_shares_and_evaluate_takes_none() -> None:

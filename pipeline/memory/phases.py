@@ -1,0 +1,324 @@
+"""Bytes per rank in every phase of a stage, from config.json and the recipe alone: before any weight is read, without torch.
+
+The peak of a stage is that of its greediest phase, not the sum of everything. Sequences are taken to be as long as the
+recipe allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import split as split_batch
+from pipeline.config.schema import Evaluate, Ppo, Reward, Sampling, Sft, Stage, Supervised
+from pipeline.memory.roles import Role, roles
+from pipeline.memory.shape import Shape, read, shape
+from pipeline.memory.zero import Engine
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+STORED = {"float32": 4, "bfloat16": 2, "float16": 2}
+NF4_BYTES = 0.516
+"""Half a byte per weight, and about 0.016 for the double-quantised scales (Dettmers et al. 2023, arXiv 2305.14314)."""
+CHUNK_ELEMENTS = 2**24
+"""Logits that `pipeline.model.likelihood` computes at a time."""
+TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
+"""The largest piece of logits that TRL's fused output head computes at a time."""
+REUSE = 1_000_000_000
+"""Parameters within which ZeRO-3 keeps a gathered weight for its next use, where it knows the order of modules."""
+FRAMEWORK = {"cpu": 555 * 2**20, "cuda": 512 * 2**20}
+"""Python, torch, DeepSpeed, transformers, PEFT and TRL as they stand in a rank. Measured on CPUs; on GPUs the context,
+kernels and NCCL's buffers, by assumption."""
+
+Kind = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes per rank by what takes them. `copy` is the policy with its adapter merged, for rollouts."""
+
+    weights: float = 0.0
+    adapters: float = 0.0
+    copy: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    cache: float = 0.0
+    logits: float = 0.0
+    framework: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def plus(self, **more: float) -> Parts:
+        return replace(self, **{name: getattr(self, name) + value for name, value in more.items()})
+
+
+@dataclass(frozen=True)
+class Need:
+    """Parameters held (shared bases once), parameters trained, and what each phase takes of a rank's memory."""
+
+    parameters: int
+    trained: int
+    phases: dict[str, Parts]
+
+    @property
+    def peak(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda name: self.phases[name].total)
+
+    @property
+    def bytes(self) -> float:
+        return self.phases[self.peak].total
+
+    @property
+    def gib(self) -> float:
+        return self.bytes / 2**30
+
+
+@dataclass(frozen=True)
+class Held:
+    """A stage's models as they lie on a rank."""
+
+    shapes: list[tuple[Role, Shape]]
+    parameters: int
+    groups: list[int]
+    weights: float
+    adapters: float
+    policy: int
+    file: float
+
+    @property
+    def trained(self) -> int:
+        return sum(self.groups)
+
+    @property
+    def largest(self) -> int:
+        return max(form.largest for _, form in self.shapes)
+
+
+def estimate(
+    recipe: Recipe, stage: str, configs: Path | None = None, kind: Kind = "cuda", *, merged: bool = False
+) -> Need:
+    """What a stage needs on each rank of a GPU or CPU machine.
+
+    `merged` counts the copy of the policy's weights that rollouts with a merged adapter take; `sampling.adapter: merged`
+    counts it in any case.
+    """
+    block = recipe.stages[stage]
+    engine = Engine.of(recipe, stage, BYTES[block.base.dtype], _accumulation(block), cpu=kind == "cpu")
+    held = _held(recipe, stage, engine, configs)
+    base = Parts(weights=held.weights, adapters=held.adapters, framework=FRAMEWORK[kind])
+    phases = {"loading": base.plus(weights=held.file)} if engine.cpu else {}
+    if isinstance(block, Evaluate):
+        phases["rollout"] = _rollout(base, block, block.sampling, block.micro_batch or 32, 1, held, engine)
+        phases["scoring"] = _scoring(base, block, block.sampling, block.micro_batch or 32, held, engine)
+        return Need(held.parameters, 0, phases)
+
+    groups, trained = held.groups, held.trained
+    average = 4.0 * held.policy if engine.cpu and isinstance(block, Ppo) and block.ema_decay else 0.0
+    phases["setting up"] = base.plus(optimizer=engine.setting_up(groups))
+    base = base.plus(gradients=engine.held(trained), optimizer=engine.resident(trained) + average)
+    if isinstance(block, Ppo):
+        if block.sampling.adapter == "merged" or (merged and block.adapter.method != "full"):
+            form = held.shapes[0][1]
+            base = base.plus(copy=form.linear * engine.size)
+        slots, micro = block.rollout_batch // block.deepspeed.ranks, _micro(block)
+        phases["rollout"] = _rollout(base, block, block.sampling, slots, block.samples_per_prompt, held, engine)
+        phases["scoring"] = _scoring(base, block, block.sampling, micro, held, engine)
+    waits = _supervised(block, held, engine) if isinstance(block, Supervised) else _ppo(block, held, engine)
+    phases["backward"] = base.plus(
+        gradients=engine.accumulated(trained) + engine.buckets(trained),
+        activations=waits.kept + waits.whole,
+        logits=waits.logits,
+    )
+    phases["reduction"] = base.plus(
+        gradients=engine.reducing(trained), activations=waits.kept * engine.left(trained) + waits.whole
+    )
+    waiting, temporary = engine.stepping(groups, held.largest)
+    phases["step"] = base.plus(gradients=waiting, optimizer=temporary)
+    if engine.cpu:
+        phases["publishing"] = base.plus(weights=held.policy * engine.size)  # gathered whole on the first rank
+    return Need(held.parameters, trained, phases)
+
+
+def _held(recipe: Recipe, stage: str, engine: Engine, configs: Path | None) -> Held:
+    """Every distinct base once, adapters and heads per role; sharded under ZeRO-3."""
+    where, size, ranks = recipe.where("stages", stage, "base"), engine.size, engine.share(3)
+    shapes = [(r, shape(read(recipe.local(r.model), where, configs), where)) for r in roles(recipe, stage)]
+    shared: dict[tuple[str, ...], list[tuple[Role, Shape]]] = {}
+    for number, (role, form) in enumerate(shapes):
+        if not role.head_only:
+            alone = f"role {number}" if role.trained and role.adapter is None else ""
+            shared.setdefault((role.weights, role.quantization or "", alone), []).append((role, form))
+
+    parameters, weights, file = 0, 0.0, 0.0
+    whole: dict[str, int] = {}  # parameters of the trunk that a role trains whole
+    for sharers in shared.values():
+        first, form = sharers[0]
+        packed = first.quantization is not None
+        other = form.other - (0 if any(role.speaks for role, _ in sharers) else form.head)
+        parameters += form.linear + other
+        whole |= {role.name: form.linear + other for role, _ in sharers if role.trained}
+        # Packed weights are sharded as the 16-bit numbers they are stored as on GPUs; on CPUs they are bytes, and whole.
+        weights += form.linear * (NF4_BYTES if packed else size) / (1 if packed and engine.cpu else ranks)
+        weights += other * size / ranks
+        if packed or engine.level == 3 or STORED.get(form.stored, 2) != size:
+            # Converted or sharded while the file is mapped; else its pages are the weights.
+            file = max(file, float((form.linear + form.other) * STORED.get(form.stored, 2)))
+
+    adapters, groups = 0.0, []
+    for role, form in shapes:
+        head = 0 if role.speaks else form.width
+        adapters += head * size + _adapter(role, form, engine)
+        if role.trained and role.head_only:
+            groups.append(head)
+        elif role.trained:
+            groups.append(head + (form.lora(role.adapter) if role.adapter else whole[role.name]))
+    if engine.offload_weights:
+        weights = 0.0
+    return Held(shapes, parameters, groups, weights, adapters, groups[0] if groups else 0, file)
+
+
+def _adapter(role: Role, form: Shape, engine: Engine) -> float:
+    """A role's adapter. ZeRO-3 keeps small tensors whole beside their shards."""
+    if role.adapter is None or role.head_only:
+        return 0.0
+    total = 0.0
+    for layer in form.adapted(role.adapter):
+        for elements in (role.adapter.r * layer.inputs, role.adapter.r * layer.outputs):
+            copies = 1.0 if engine.level < 3 else 1 / engine.ranks + (elements <= engine.persistent)
+            total += layer.count * elements * engine.size * copies
+    return total
+
+
+def _accumulation(block: Stage) -> int:
+    if isinstance(block, Supervised):
+        return split_batch("", block.batch, block.deepspeed.ranks, block.micro_batch)[1]
+    if isinstance(block, Ppo):
+        return split_batch("", block.rollout_batch // block.minibatches, block.deepspeed.ranks, block.micro_batch)[1]
+    return 1
+
+
+def _micro(block: Supervised | Ppo) -> int:
+    batch = block.batch if isinstance(block, Supervised) else block.rollout_batch // block.minibatches
+    return split_batch("", batch, block.deepspeed.ranks, block.micro_batch)[0]
+
+
+def _rollout(
+    base: Parts, block: Stage, sampling: Sampling, rows: int, samples: int, held: Held, engine: Engine
+) -> Parts:
+    """The cache of all slots, the prefill of their prompts, and a decoding step's logits with their noise."""
+    role, form = held.shapes[0]
+    slots = min(sampling.batch, rows)
+    columns = _round_up(sampling.max_prompt_length + sampling.max_response_length - 1, 16)
+    cache = slots * columns * form.cached(engine.size)
+    # Without CUDA graphs the last responses go on in a smaller batch: keys of 3/4 of the slots beside all of them.
+    shrinking = 3 / 8 if engine.cpu or engine.level == 3 else 0.0
+    prefill = -(-slots // samples) * (sampling.max_prompt_length - 1)
+    return base.plus(
+        cache=cache * (1 + shrinking),
+        activations=_passing(block, role, form, prefill, sampling.max_prompt_length, held, engine),
+        # Two float32 log-probabilities, float32 noise, and three int64 or float64 tensors on the way to it.
+        logits=slots * form.vocabulary * (engine.size + 4 + 4 + 4 + 24),
+    )
+
+
+def _scoring(base: Parts, block: Stage, sampling: Sampling, rows: int, held: Held, engine: Engine) -> Parts:
+    """A forward pass without gradients by the role that takes most, and one chunk of logits."""
+    length = sampling.max_prompt_length + sampling.max_response_length
+    passing, logits = 0.0, 0.0
+    for role, form in held.shapes:
+        passing = max(passing, _passing(block, role, form, rows * length, length, held, engine))
+        if role.speaks:
+            elements = min(rows * sampling.max_response_length, _chunk(form)) * form.vocabulary
+            logits = max(logits, elements * (engine.size + 12))  # scaled, their softmax, and the product of both
+    return base.plus(activations=passing, logits=logits)
+
+
+def _passing(block: Stage, role: Role, form: Shape, tokens: int, length: int, held: Held, engine: Engine) -> float:
+    """A forward pass without gradients: one block's tensors, and what of the weights is unpacked or gathered for it."""
+    found = tokens * form.passing(engine.size, adapted=role.adapter is not None)
+    eager = tokens * length * _probabilities(block, form, engine.size)
+    return found + eager + _unpacked(role, form, engine) + engine.gathered(form.parameters, form.largest)
+
+
+def _probabilities(block: Stage, form: Shape, size: int) -> int:
+    """Bytes of attention's probabilities per token and column: float32 and the model's dtype, where they are kept."""
+    return form.heads * (4 + (size if size < 4 else 0)) if block.base.attn_implementation == "eager" else 0
+
+
+def _unpacked(role: Role, form: Shape, engine: Engine) -> float:
+    """One 4-bit layer, unpacked to be multiplied with."""
+    return max(layer.inputs * layer.outputs for layer in form.linears) * engine.size if role.quantization else 0.0
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What lies between a micro-batch's forward and backward pass: `kept` by the blocks, `whole` weights that ZeRO-3 has
+    gathered or that are unpacked from 4 bits, `logits`."""
+
+    kept: float
+    whole: float
+    logits: float
+
+
+def _supervised(block: Supervised, held: Held, engine: Engine) -> Waiting:
+    (policy, form), *_ = held.shapes
+    tokens = _micro(block) * block.max_length * (2 if isinstance(block, Reward) else 1)
+    kept = _saved(block, policy, form, tokens, block.max_length, engine, masked=True)
+    gathered = 0.0
+    if engine.level == 3:  # one order of modules, step for step: what is used again soon stays
+        gathered = float((min(form.parameters, REUSE) + min(form.parameters, engine.prefetch)) * engine.size)
+    logits = _fused_head(policy, form, tokens, engine) if isinstance(block, Sft) else 0.0
+    return Waiting(kept, _unpacked(policy, form, engine) + gathered, logits)
+
+
+def _ppo(block: Stage, held: Held, engine: Engine) -> Waiting:
+    """Policy and critic keep their activations; then the critic's backward pass goes first. Until the policy's turn only the
+    scaled logits wait, unless they are computed again. Then the critic's activations are gone and the logits' gradients
+    are made."""
+    assert isinstance(block, Ppo)
+    (policy, form), *_ = held.shapes
+    sampling, micro = block.sampling, _micro(block)
+    length = sampling.max_prompt_length + sampling.max_response_length
+    kept = {
+        role.name: _saved(block, role, own, micro * length, length, engine, masked=False)
+        for role, own in held.shapes
+        if role.trained and not role.head_only
+    }
+    rows = micro * sampling.max_response_length
+    elements = min(rows, _chunk(form)) * form.vocabulary
+    waiting, turning = 4 * elements if rows <= _chunk(form) else 0, elements * (engine.size + 16)
+    whole = _unpacked(policy, form, engine) + (2.0 * form.largest * engine.size if engine.level == 3 else 0.0)
+    if turning > waiting + kept.get("critic", 0.0):
+        return Waiting(kept["policy"], whole, float(turning))
+    return Waiting(sum(kept.values()), whole, float(waiting))
+
+
+def _saved(block: Stage, role: Role, form: Shape, tokens: int, length: int, engine: Engine, *, masked: bool) -> float:
+    """What the blocks keep of `tokens` tokens; with checkpointing the input of every block, and all of one of them."""
+    each = form.kept(engine.size, role.adapter, masked=masked) * tokens
+    each += form.layers * tokens * length * _probabilities(block, form, engine.size)
+    if getattr(block, "gradient_checkpointing", False):
+        return form.layers * form.hidden * engine.size * tokens + each / form.layers
+    return float(each)
+
+
+def _fused_head(role: Role, form: Shape, tokens: int, engine: Engine) -> float:
+    """TRL's output head: one piece of logits, turned into its gradient in place by a kernel or, on CPUs, by seven float32
+    tensors and a mask; the head's float32 gradient where it trains."""
+    piece = min(tokens, TILE_TOKENS) * min(form.vocabulary, TILE_VOCABULARY)
+    head = 4 * form.vocabulary * form.width if role.adapter is None else 0
+    return piece * (engine.size + (29 if engine.cpu else 0)) + head
+
+
+def _chunk(form: Shape) -> int:
+    """Tokens whose logits are computed at a time."""
+    return max(1, CHUNK_ELEMENTS // max(1, form.vocabulary))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

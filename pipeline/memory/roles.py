@@ -1,0 +1,118 @@
+"""The models a stage works with, and which of them share one copy of their weights (section 7 of the design)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pipeline.config.kinds import estimators
+from pipeline.config.recipe import BASE, Recipe
+from pipeline.config.schema import Adapter, Base, Evaluate, Ppo, Reward, Stage, reward_stages
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model a stage works with. Roles with equal `weights` and `quantization` share one copy of them.
+
+    `model` is the base whose config.json gives the shape; a role that does not speak has a score head in place of the
+    output head; `adapter` is None where the weights themselves are the role's. `head_only` trains that head and nothing
+    below it, on another role's hidden states.
+    """
+
+    name: Literal["policy", "reference", "critic", "reward"]
+    weights: str
+    model: str
+    quantization: Literal["nf4"] | None
+    speaks: bool
+    adapter: Adapter | None
+    trained: bool
+    head_only: bool = False
+
+
+def roles(recipe: Recipe, stage: str) -> list[Role]:
+    """The models a stage works with, sharing weights as section 7 of the design says."""
+    block = recipe.stages[stage]
+    if isinstance(block, Evaluate):
+        sides = [_published(recipe, name, block.base, "policy") for name in (block.model, block.against)]
+        return sides + [_published(recipe, name, block.base, "reward") for name in block.reward]
+    full = block.adapter.method == "full"
+    adapter = None if full else block.adapter
+    start = _start(block)
+    policy = Role(
+        "policy",
+        _below(recipe, stage, start),
+        _model(recipe, start, block.base),
+        block.base.quantization,
+        speaks=not isinstance(block, Reward),
+        adapter=adapter,
+        trained=True,
+    )
+    if not isinstance(block, Ppo):
+        return [policy]
+    continued = start != BASE and _continues(block.adapter, recipe.stages[start].adapter)
+    reference = replace(policy, name="reference", adapter=adapter if continued else None, trained=False)
+    names = reward_stages(*block.reward, *(block.gold or []))
+    rewards = [_published(recipe, name, block.base, "reward") for name in names]
+    if not estimators()[block.advantage_estimator].critic:
+        return [policy, reference, *rewards]
+    return [policy, reference, _critic(recipe, stage, block, policy, rewards), *rewards]
+
+
+def _critic(recipe: Recipe, stage: str, block: Ppo, policy: Role, rewards: list[Role]) -> Role:
+    """A role of its own on a shared base, a head on the policy's, or a model of its own, trained whole."""
+    if block.critic.kind == "head":
+        return replace(policy, name="critic", speaks=False, head_only=True)
+    start = policy
+    if block.critic.start == "reward":
+        start = replace(rewards[0], weights=_below(recipe, stage, reward_stages(*block.reward)[0]))
+    elif block.critic.start == "base":
+        start = replace(policy, weights=block.base.model, model=block.base.model)
+    critic = replace(start, name="critic", speaks=False, adapter=block.adapter, trained=True)
+    if block.critic.kind == "model" or block.adapter.method == "full":  # what trains whole is not quantised
+        return replace(critic, adapter=None, quantization=None)
+    return critic
+
+
+def _published(recipe: Recipe, name: str, base: Base, role: Literal["policy", "reward"]) -> Role:
+    """The frozen output of stage `name`, or the base itself. A reward model is quantised as it was when it trained."""
+    speaks = role == "policy"
+    if name == BASE:
+        return Role(role, base.model, base.model, base.quantization, speaks, adapter=None, trained=False)
+    block = recipe.stages[name]
+    held = base if speaks else block.base
+    adapter = None if block.adapter.method == "full" else block.adapter
+    return Role(role, _standing(recipe, name), block.base.model, held.quantization, speaks, adapter, trained=False)
+
+
+def _standing(recipe: Recipe, name: str) -> str:
+    """Whose weights the output of stage `name` stands on: its own after full training, else those below its adapter."""
+    block = recipe.stages[name]
+    return f"output of {name}" if block.adapter.method == "full" else _below(recipe, name, _start(block))
+
+
+def _below(recipe: Recipe, stage: str, parent: str) -> str:
+    """Whose weights `stage` builds on when it starts from `parent`: an adapter of another shape is merged first."""
+    block = recipe.stages[stage]
+    if parent == BASE:
+        return block.base.model
+    adapter = recipe.stages[parent].adapter
+    if adapter.method == "full" or _continues(block.adapter, adapter):
+        return _standing(recipe, parent)
+    return f"{parent} merged for {stage}"
+
+
+def _continues(adapter: Adapter, parent: Adapter) -> bool:
+    """Whether training goes on in a copy of the parent's adapter: LoRA of the same shape."""
+    return adapter.method == parent.method == "lora" and (adapter.r, adapter.alpha, adapter.targets) == (
+        parent.r,
+        parent.alpha,
+        parent.targets,
+    )
+
+
+def _start(block: Stage) -> str:
+    return str(block.policy if isinstance(block, Ppo) else getattr(block, "init", BASE))
+
+
+def _model(recipe: Recipe, name: str, base: Base) -> str:
+    return base.model if name == BASE else recipe.stages[name].base.model
