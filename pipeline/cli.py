@@ -151,7 +151,7 @@ def plan(
     loaded, folder, given = _open(recipe, run_dir, overrides, ranks)
     for stage in loaded.order():
         block, where = loaded.stages[stage], device(loaded, stage, memory)
-        sampling = getattr(block, "sampling", None) if block.kind == "ppo" and block.adapter.method != "full" else None
+        sampling = getattr(block, "sampling", None) if block.kind == "ppo" else None
         merged = sampling is not None and sampling.adapter == "auto"
         merged = merged and merged_copy_fits(loaded, stage, where.bytes, where.kind, configs)
         need = estimate(loaded, stage, configs, where.kind, merged=merged)
@@ -166,7 +166,7 @@ def plan(
         console.print(
             f"peak {need.gib:.2f} GiB per rank, in {need.peak}; headroom {where.bytes / 2**30 - need.gib:.2f} GiB of "
             f"{where.bytes / 2**30:.2f} ({where.name})"
-            + ("; with room for rollouts with a merged adapter, counted as copy" if merged else "")
+            + ("; with room for rollouts by a copy" if merged and need.phases["rollout"].copy else "")
         )
         console.print(" ".join(["deepspeed", *launch.command(loaded, stage, folder, given)[1:]]) + "\n")
     for stage in loaded.order():

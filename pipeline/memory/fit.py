@@ -74,6 +74,25 @@ def merged_copy_fits(recipe: Recipe, stage: str, total: float, kind: Kind, confi
     return fits(recipe, stage, Device(kind, total, ""), configs, merged=True)
 
 
+def check_rollout(recipe: Recipe, stage: str, where: Device, configs: Path | None = None) -> None:
+    """Raise UserError when the slots of a PPO stage's rollouts, with all that lies beside them, do not fit the device."""
+    block = recipe.stages[stage]
+    assert isinstance(block, Ppo)
+    parts = estimate(recipe, stage, configs, where.kind).phases["rollout"]
+    if parts.total <= where.bytes:
+        return
+    slots = min(block.sampling.batch, block.rollout_batch // block.deepspeed.ranks)
+    each = (parts.cache + parts.logits + parts.activations) / slots
+    possible = int((where.bytes - parts.total) / each) + slots
+    raise UserError(
+        recipe.where("stages", stage, "sampling", "batch"),
+        f"rollouts of {slots} responses at a time need {parts.total / 2**30:.2f} GiB on each rank, "
+        f"{parts.cache / 2**30:.2f} of them for {NAMES['cache']}",
+        expected=f"at most {where.bytes / 2**30:.2f} GiB: {where.name}",
+        fix=f"write `batch: {possible}`" if possible > 0 else "lower max_response_length, or use a larger device",
+    )
+
+
 def check(recipe: Recipe, stage: str, where: Device, given: list[str], configs: Path | None = None) -> None:
     """Raise UserError, with the nearest change of the recipe that fits, for a stage that does not. `given` are the overrides
     with which `recipe` was loaded."""

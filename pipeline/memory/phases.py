@@ -6,6 +6,7 @@ recipe allows.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -122,11 +123,9 @@ def estimate(
     phases["setting up"] = base.plus(optimizer=engine.setting_up(groups))
     base = base.plus(gradients=engine.held(trained), optimizer=engine.resident(trained) + average)
     if isinstance(block, Ppo):
-        if block.sampling.adapter == "merged" or (merged and block.adapter.method != "full"):
-            form = held.shapes[0][1]
-            base = base.plus(copy=form.linear * engine.size)
         slots, micro = block.rollout_batch // block.deepspeed.ranks, _micro(block)
-        phases["rollout"] = _rollout(base, block, block.sampling, slots, block.samples_per_prompt, held, engine)
+        copied = base.plus(copy=_copy(block, held, engine)) if merged or block.sampling.adapter == "merged" else base
+        phases["rollout"] = _rollout(copied, block, block.sampling, slots, block.samples_per_prompt, held, engine)
         phases["scoring"] = _scoring(base, block, block.sampling, micro, held, engine)
     waits = _supervised(block, held, engine) if isinstance(block, Supervised) else _ppo(block, held, engine)
     phases["backward"] = base.plus(
@@ -194,17 +193,27 @@ def _adapter(role: Role, form: Shape, engine: Engine) -> float:
     return total
 
 
+def _copy(block: Ppo, held: Held, engine: Engine) -> float:
+    """The policy that rollouts are sampled from: its adapted layers once more, or all of it where it is sharded."""
+    form = held.shapes[0][1]
+    if engine.level == 3:
+        return float(form.parameters * engine.size)
+    adapted = form.adapted(block.adapter) if block.adapter.method != "full" else []
+    return float(sum(layer.count * layer.inputs * layer.outputs for layer in adapted) * engine.size)
+
+
 def _accumulation(block: Stage) -> int:
     if isinstance(block, Supervised):
         return split_batch("", block.batch, block.deepspeed.ranks, block.micro_batch)[1]
     if isinstance(block, Ppo):
-        return split_batch("", block.rollout_batch // block.minibatches, block.deepspeed.ranks, block.micro_batch)[1]
+        return 2  # at least: how many micro-batches a minibatch is cut into depends on its lengths
     return 1
 
 
 def _micro(block: Supervised | Ppo) -> int:
-    batch = block.batch if isinstance(block, Supervised) else block.rollout_batch // block.minibatches
-    return split_batch("", batch, block.deepspeed.ranks, block.micro_batch)[0]
+    if isinstance(block, Ppo):  # in tokens of so many rows of full length
+        return min(block.micro_batch or 16, block.rollout_batch // block.minibatches // block.deepspeed.ranks)
+    return split_batch("", block.batch, block.deepspeed.ranks, block.micro_batch)[0]
 
 
 def _rollout(
@@ -221,17 +230,20 @@ def _rollout(
     return base.plus(
         cache=cache * (1 + shrinking),
         activations=_passing(block, role, form, prefill, sampling.max_prompt_length, held, engine),
-        # Two float32 log-probabilities, float32 noise, and three int64 or float64 tensors on the way to it.
-        logits=slots * form.vocabulary * (engine.size + 4 + 4 + 4 + 24),
+        # Log-probabilities and probabilities in float32, and their sum so far in float64.
+        logits=slots * form.vocabulary * (engine.size + 4 + 4 + 8),
     )
 
 
 def _scoring(base: Parts, block: Stage, sampling: Sampling, rows: int, held: Held, engine: Engine) -> Parts:
-    """A forward pass without gradients by the role that takes most, and one chunk of logits."""
+    """A forward pass without gradients on the base that takes most, in PPO by all roles with an adapter on it together, and
+    one chunk of logits."""
     length = sampling.max_prompt_length + sampling.max_response_length
+    together = Counter((role.weights, role.quantization) for role, _ in held.shapes if role.adapter or not role.trained)
     passing, logits = 0.0, 0.0
     for role, form in held.shapes:
-        passing = max(passing, _passing(block, role, form, rows * length, length, held, engine))
+        times = max(1, together[role.weights, role.quantization]) if isinstance(block, Ppo) else 1
+        passing = max(passing, _passing(block, role, form, times * rows * length, length, held, engine))
         if role.speaks:
             elements = min(rows * sampling.max_response_length, _chunk(form)) * form.vocabulary
             logits = max(logits, elements * (engine.size + 12))  # scaled, their softmax, and the product of both

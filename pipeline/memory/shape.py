@@ -124,13 +124,17 @@ _READS = {
 """Which tensor of a block a linear layer reads."""
 
 
+class Unknown(UserError):
+    """A family of models whose shape is not known here."""
+
+
 def shape(config: dict[str, Any], where: str) -> Shape:
     """The shape of a config.json of the Llama, Qwen2, Qwen3, Mistral, OPT, GPT-2 or GPT-NeoX family."""
     kind = config.get("model_type")
     families = {"llama": _llama, "qwen2": _llama, "qwen3": _llama, "mistral": _llama}
     families |= {"opt": _opt, "gpt2": _gpt2, "gpt_neox": _gpt_neox}
     if kind not in families:
-        raise UserError(
+        raise Unknown(
             where,
             f"model_type {kind!r}",
             expected="llama, qwen2, qwen3, mistral, opt, gpt2 or gpt_neox",

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from pipeline import checkpoint, engine
+from pipeline import checkpoint, engine, memory
 from pipeline.config.recipe import deepspeed_config
 from pipeline.config.schema import Base, Ppo
 from pipeline.data import encode
@@ -111,7 +111,7 @@ def prepare(context: Context, block: Ppo) -> Setup:
     if context.is_main:
         print(f"roles on one copy of their weights: {sharing(roles)}", flush=True)
     roles.sharded = zero == 3
-    if block.sampling.adapter != "unmerged" and (roles.roles["policy"].adapter or roles.sharded):
+    if copies(context, block, roles):
         roles.sample_whole("policy")
     if block.gradient_checkpointing:
         roles.checkpoint_activations()
@@ -142,6 +142,18 @@ def prepare(context: Context, block: Ppo) -> Setup:
         else None,
     )
     return Setup(loop, described["policy"].base, tok, split, others, zero)
+
+
+def copies(context: Context, block: Ppo, roles: Roles) -> bool:
+    """Whether rollouts are sampled from a copy of the policy. Raises UserError when their cache does not fit the device."""
+    where = memory.device(context.recipe, context.stage)
+    try:
+        memory.check_rollout(context.recipe, context.stage, where)
+        room = memory.merged_copy_fits(context.recipe, context.stage, where.bytes, where.kind)
+    except memory.Unknown:
+        room = False  # a family of models that the plan does not count
+    needed = roles.sharded or roles.roles["policy"].adapter is not None
+    return needed and (block.sampling.adapter == "merged" or (block.sampling.adapter == "auto" and room))
 
 
 def _check_tokenizers(context: Context, tok: Any) -> None:

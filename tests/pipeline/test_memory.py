@@ -314,7 +314,7 @@ def test_rollout_holds_a_cache_of_its_slots(tiny: str, tmp_path: Path) -> None:
     rollout = need(tmp_path, "ppo", tiny, ppo={"sampling": sampling}, base=base).phases["rollout"]
     # 49 columns, rounded to 64; keys and values of 4 numbers in 3 blocks.
     assert rollout.cache == 4 * 64 * 3 * 2 * 4 * 4
-    assert rollout.logits == 4 * 100 * (4 + 4 + 4 + 4 + 24)
+    assert rollout.logits == 4 * 100 * (4 + 4 + 4 + 8)
     # The prefill of 19 tokens for each slot: two tensors of 8 and three of 20, and one of 20 for the adapter.
     assert rollout.activations == 4 * 19 * (2 * 8 + 4 * 20) * 4
     few = need(tmp_path, "ppo", tiny, ppo={"sampling": sampling, "rollout_batch": 2}, base=base).phases["rollout"]
@@ -338,11 +338,27 @@ def test_scoring_computes_at_most_a_chunk_of_logits(tmp_path: Path) -> None:
 def test_merged_copy_is_the_linear_layers_once_more(tiny: str, tmp_path: Path) -> None:
     base = {"model": tiny, "dtype": "fp32"}
     merged = need(tmp_path, "ppo", tiny, base=base, ppo={"sampling": {"adapter": "merged"}})
-    assert {parts.copy for name, parts in merged.phases.items() if name != "setting up"} == {4 * TINY_LINEAR}
+    assert merged.phases["rollout"].copy == 4 * TINY_LINEAR
+    assert {parts.copy for name, parts in merged.phases.items() if name != "rollout"} == {0}, "gone after each rollout"
     recipe = load(tmp_path / "r.yaml", ["stages.ppo.sampling.adapter=auto"])
     assert memory.estimate(recipe, "ppo").phases["rollout"].copy == 0
     assert memory.merged_copy_fits(recipe, "ppo", merged.bytes, "cuda")
     assert not memory.merged_copy_fits(recipe, "ppo", merged.bytes - 1, "cuda")
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_the_slots_that_do(tiny: str, tmp_path: Path) -> None:
+    need(tmp_path, "ppo", tiny, ppo={"rollout_batch": 64, "sampling": {"max_response_length": 64, "batch": 64}})
+    recipe = load(tmp_path / "r.yaml")
+    whole = memory.estimate(recipe, "ppo").phases["rollout"].total
+    memory.check_rollout(recipe, "ppo", memory.Device("cuda", whole, "a GPU"))
+    few = memory.estimate(load(tmp_path / "r.yaml", ["stages.ppo.sampling.batch=24"]), "ppo").phases["rollout"].total
+    with pytest.raises(UserError) as error:
+        memory.check_rollout(recipe, "ppo", memory.Device("cuda", few, "a GPU"))
+    assert "stages.ppo.sampling.batch" in str(error.value)
+    assert "rollouts of 64 responses at a time need" in str(error.value)
+    assert "fix: write `batch: 24`" in str(error.value)
+    with pytest.raises(UserError, match="lower max_response_length, or use a larger device"):
+        memory.check_rollout(recipe, "ppo", memory.Device("cuda", 1.0, "a GPU"))
 
 
 def test_gradients_of_zero_2_pass_through_a_bucket_and_its_flat_copy(tiny: str, tmp_path: Path) -> None:
