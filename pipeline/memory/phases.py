@@ -289,9 +289,9 @@ def _supervised(block: Supervised, held: Held, engine: Engine) -> Waiting:
 
 
 def _ppo(block: Stage, held: Held, engine: Engine) -> Waiting:
-    """Policy and critic keep their activations; then the critic's backward pass goes first. Until the policy's turn only the
-    scaled logits wait, unless they are computed again. Then the critic's activations are gone and the logits' gradients
-    are made."""
+    """Policy and critic keep their activations; then the critic's backward pass goes first. A head that does not train has
+    computed its gradient in the forward pass, before the critic's. Else the scaled logits wait until the policy's turn, unless
+    they are computed again; then the critic's activations are gone and the logits' gradients are made."""
     assert isinstance(block, Ppo)
     (policy, form), *_ = held.shapes
     sampling, micro = block.sampling, _micro(block)
@@ -303,7 +303,11 @@ def _ppo(block: Stage, held: Held, engine: Engine) -> Waiting:
     }
     rows = micro * sampling.max_response_length
     elements = min(rows, _chunk(form)) * form.vocabulary
-    waiting, turning = 4 * elements if rows <= _chunk(form) else 0, elements * (engine.size + 16)
+    if policy.adapter is not None and not block.entropy_coef and engine.level < 3:
+        # Logits, log-probabilities and probabilities, the latter in the head's dtype too.
+        waiting, turning = 0, elements * (engine.size + 8 + (engine.size if engine.size < 4 else 0))
+    else:
+        waiting, turning = 4 * elements if rows <= _chunk(form) else 0, elements * (engine.size + 16)
     whole = _unpacked(policy, form, engine) + (2.0 * form.largest * engine.size if engine.level == 3 else 0.0)
     if turning > waiting + kept.get("critic", 0.0):
         return Waiting(kept["policy"], whole, float(turning))

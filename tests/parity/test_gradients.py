@@ -17,6 +17,7 @@ from hypothesis import given
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.model.likelihood import of_logits, token_log_probs
 from stages.ppo.kl import estimate
 from stages.ppo.loss import policy_loss, token_weights, value_loss
 from tests.parity import reference
@@ -240,3 +241,38 @@ def test_entropy_and_its_gradient(read: SimpleNamespace) -> None:
     (read.entropy * read.mask).sum().backward()
     expected = reference.slope(lambda z: sum(read.spread(z)), read.logits)
     np.testing.assert_allclose(read.model.logits.grad.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_that_may_never_come_leaves_the_entropy_finite() -> None:
+    """An added pad's logit is the smallest number there is; below temperature 1 it becomes -inf, which times 0 is NaN."""
+    logits = torch.tensor([[1.0, 2.0, torch.finfo(torch.float32).min]])
+    _, entropy = of_logits(logits, torch.tensor([0]), 0.5, learn_entropy=False)
+    p = 1 / (1 + math.exp(2.0))  # logits 2 and 4 at temperature 0.5
+    assert float(entropy) == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), rel=1e-5)
+
+
+@pytest.mark.parametrize("never", [False, True])
+@pytest.mark.parametrize("chunk", [11, 2**24])
+def test_frozen_head(temperature: float, chunk: int, never: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that does not train: values and gradients are those of plain autograd in float64; one token at a time too, and
+    with a token that may never come."""
+    monkeypatch.setattr("pipeline.model.likelihood.CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    head = nn.Linear(5, 11).requires_grad_(False)
+    hidden, targets, weights = torch.randn(7, 5, requires_grad=True), torch.randint(0, 10, (7,)), torch.randn(7)
+    if never:
+        head.register_forward_hook(lambda *arguments: arguments[2].index_fill(-1, torch.tensor([10]), -3e38))
+    options: dict[str, Any] = {"learn_entropy": False, "recompute": None, "together": False}
+    chosen, entropy = token_log_probs(head, hidden, targets, temperature, **options)
+    (chosen * weights).sum().backward()
+
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ head.weight.double().T + head.bias.double()
+    known = logits[:, :10] if never else logits
+    logprobs = torch.log_softmax(known / temperature, -1)
+    picked = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1)
+    (picked * weights.double()).sum().backward()
+    np.testing.assert_allclose(chosen.detach().numpy(), picked.detach().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(entropy.numpy(), -(logprobs.exp() * logprobs).sum(-1).detach().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(hidden.grad.numpy(), exact.grad.numpy(), rtol=1e-4, atol=1e-6)
+    assert not entropy.requires_grad

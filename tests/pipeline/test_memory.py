@@ -295,7 +295,9 @@ def test_activations_of_ppo_are_those_of_policy_and_critic(tiny: str, tmp_path: 
     token = 3 * (4 * (2 * 8 + 2 * 8 + 2 * 4 + 3 * 20 + 8 + 8 + 20 + 7 * 2) + 4 * 4)
     backward = found.phases["backward"]
     assert backward.activations == 2 * (2 * 10) * token
-    assert backward.logits == 2 * 4 * 100 * 4  # one chunk, scaled, waits for its backward pass
+    assert backward.logits == 0, "a frozen head's gradient is there before the critic's activations are"
+    learning = need(tmp_path, "ppo", tiny, ppo=ppo | {"entropy_coef": 0.01}, **options).phases["backward"]
+    assert learning.logits == 2 * 4 * 100 * 4  # one chunk, scaled, waits for its backward pass
     lora = 3 * 2 * (2 * 16 + 2 * 12 + 3 * 28)
     assert backward.gradients == 4 * (2 * lora + 8)  # three earlier micro-batches' gradients, whole without ZeRO
 
@@ -303,9 +305,9 @@ def test_activations_of_ppo_are_those_of_policy_and_critic(tiny: str, tmp_path: 
     # The input of each block, and one block in full, of both roles.
     assert checkpointing.phases["backward"].activations == 2 * (2 * 10) * (3 * 8 * 4 + token / 3)
     head = need(tmp_path, "ppo", tiny, ppo=ppo | {"critic": {"kind": "head"}}, **options)
-    # Without activations of a critic the logits' gradient is what comes on top of the policy's.
+    # Without activations of a critic a chunk of logits, log-probabilities and probabilities comes on top of the policy's.
     assert head.phases["backward"].activations == 20 * token
-    assert head.phases["backward"].logits == 2 * 4 * 100 * (4 + 16)
+    assert head.phases["backward"].logits == 2 * 4 * 100 * (4 + 4 + 4)
 
 
 def test_rollout_holds_a_cache_of_its_slots(tiny: str, tmp_path: Path) -> None:
