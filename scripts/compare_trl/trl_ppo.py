@@ -54,7 +54,7 @@ class RuleReward(nn.Module):
     def score(self, ids: Tensor) -> Tensor:
         prompts = [self._text(row[: self.context]) for row in ids]
         responses = [self._text(row[self.context :]) for row in ids]
-        scores = torch.tensor(self.function(prompts, responses, [{} for _ in responses]))
+        scores = torch.tensor(self.function(prompts, responses, [{} for _ in responses]), device=ids.device)
         return scores.view(-1, 1, 1).expand(*ids.shape, 1)
 
     def _text(self, ids: Tensor) -> str:
