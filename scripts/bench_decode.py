@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from pipeline.adapters import build  # noqa: E402
 from pipeline.config.schema import Adapter, Sampling  # noqa: E402
-from pipeline.generation import engines  # noqa: E402
+from pipeline.generation import engines, static  # noqa: E402
 from pipeline.generation.rollout import keys  # noqa: E402
 from pipeline.generation.whole import Whole  # noqa: E402
 from scripts.compare_trl import commit  # noqa: E402
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def policy(arguments: argparse.Namespace, device: torch.device, ends: float) -> Any:
-    """A random model with an adapter that is not the identity, as PEFT holds it."""
+    """A random model with a fresh adapter on every linear layer, as PEFT holds it."""
     share = shapes.end_share(arguments.response, ends * arguments.response) if ends else 0.0
     dtype = getattr(torch, arguments.dtype)
     with tempfile.TemporaryDirectory() as folder:
@@ -126,20 +126,20 @@ def limit(arguments: argparse.Namespace, device: torch.device) -> str:
     model = policy(arguments, device, 0.0).get_base_model()
     prompts = torch.randint(shapes.FIRST, model.config.vocab_size, (arguments.batch, arguments.prompt)).tolist()
 
-    def run(copy: Any, tokens: int) -> float:
-        sampling = Sampling(max_response_length=tokens, batch=arguments.batch)
-        call = lambda: engines.sample("static", copy, prompts, noise, sampling, pad=shapes.PAD, eos=[])  # noqa: E731
-        return timed(call, device)[0]
-
     noise = keys(0, 0, torch.arange(arguments.batch), torch.zeros(arguments.batch, dtype=torch.int64)).to(device)
     with Whole(model).of("default", sharded=False) as copy:
         size = sum(p.numel() * p.element_size() for p in {id(p): p for p in copy.parameters()}.values())
         if copy.config.tie_word_embeddings is False:  # of untied input embeddings a step reads its tokens' rows alone
             size -= copy.get_input_embeddings().weight.numel() * copy.get_input_embeddings().weight.element_size()
-        run(copy, 64)
-        # The difference of two lengths leaves out prefill and capture; the cache is as wide for the second half on average.
-        spans = [(run(copy, arguments.response) - run(copy, arguments.response // 2)) for _ in range(arguments.turns)]
-    step = statistics.median(spans) / (arguments.response - arguments.response // 2)
+        sampling = Sampling(max_response_length=arguments.response, batch=arguments.batch)
+        steps = []
+        for _ in range(arguments.turns):
+            run = static._Run(copy, prompts, noise, sampling, [], arguments.batch, synced=False)
+            run.admit()
+            # Those of the second half, whose median is no step that captures a graph.
+            every = [timed(run.step, device)[0] for _ in range(arguments.response - 1)]
+            steps += every[arguments.response // 2 :]
+    step = statistics.median(steps)
     config = copy.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -38,7 +38,8 @@ TARGETS = ["down_proj", "fc1", "fc2", "gate_proj", "k_proj", "o_proj", "out_proj
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `ends`: mean response length as a share of the limit, 0 where no response may end."""
+    """One comparison. `ends`: mean response length as a share of the limit, 0 where no response may end. `rollout`: rows that
+    TRL samples and scores at a time; all of them are fastest, few take least memory."""
 
     shape: str
     ends: float = 0.0
@@ -46,6 +47,7 @@ class Row:
     prompt: int = 32
     response: int = 96
     micro: int = 8
+    rollout: int = 32
     dtype: str = "float32"
     turns: int = 5
 
@@ -53,9 +55,9 @@ class Row:
 ROWS = {
     "fixed": Row("llama-15m"),
     "natural": Row("llama-15m", ends=0.4),
-    "memory": Row("llama-120m", turns=2),
-    "gpu-opt": Row("opt-1.3b", batch=64, prompt=256, response=256, dtype="bfloat16", turns=3),
-    "gpu-llama": Row("llama-1b", batch=64, prompt=256, response=256, dtype="bfloat16", turns=3),
+    "memory": Row("llama-120m", rollout=8, turns=2),
+    "gpu-opt": Row("opt-1.3b", batch=64, rollout=64, prompt=256, response=256, dtype="bfloat16", turns=3),
+    "gpu-llama": Row("llama-1b", batch=64, rollout=64, prompt=256, response=256, dtype="bfloat16", turns=3),
 }
 CPU_ROWS = ("fixed", "natural", "memory")
 
@@ -107,6 +109,7 @@ def measure(
         "work": str(work),
         "batch": row.batch,
         "micro_batch": row.micro,
+        "rollout": row.rollout,
         "epochs": 1,
         "steps": row.turns + 2,
         "prompt_tokens": row.prompt,
@@ -212,7 +215,8 @@ def page(lines: list[str], threads: int) -> str:
         (__doc__ or "").split("\n\n")[-1].replace("\n", " ").strip()
         + " Each side is a process; they update in turns, the "
         "first update of each is left out, times are medians, the spread is that of the turns' ratios. Peak memory is the "
-        "process's, libraries included.",
+        "process's, libraries included. TRL samples and scores all rows at once, in the row `memory` 8 at a time, as "
+        "it trains; Relay trains and scores in micro-batches of the tokens of 8 full rows.",
         "",
         "| row | shape | reply, tokens | Relay, s | TRL, s | TRL / Relay | Relay, MiB | TRL, MiB | Relay / TRL | padding |",
         "|---|---|---|---|---|---|---|---|---|---|",

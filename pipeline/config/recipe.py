@@ -426,6 +426,8 @@ def _check_ppo(recipe: Recipe, stage: str, block: Ppo) -> None:
         refuse(
             "kl.estimator", "k1 in the loss has a gradient of mean zero: it would hold nothing", "k3", "leave it out"
         )
+    if block.critic.kind == "head" and block.critic.start != "policy":
+        refuse("critic.init", "a head on the policy's states starts fresh", "policy", "leave it out")
     if estimator.critic and block.critic.start == "reward":
         if not reward_stages(*block.reward):
             refuse("critic.init", "no reward stage to start the critic from", "policy or base", "write `init: policy`")

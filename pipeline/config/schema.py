@@ -276,8 +276,8 @@ class Sampling(Block):
     `engine: static` decodes `batch` slots in a preallocated cache and gives the slot of a finished response to the next
     prompt; `hf` is Hugging Face's `generate`; `deepspeed` is DeepSpeed's `HybridEngineRollout` without its kernels, which
     know no PEFT adapters: repeatable, but its tokens depend on `batch` and on the ranks, and every reply is decoded to
-    `max_response_length`. An engine that cannot decode a model gives way to `hf`, in one line. `adapter` says how the
-    policy's adapter is applied meanwhile: `unmerged`, or `merged` into a copy of the weights, which `auto` makes where the
+    `max_response_length`. An engine that cannot decode a model gives way to `hf`, in one line. `adapter` says how
+    PPO applies the policy's adapter meanwhile: `unmerged`, or `merged` into a copy of the weights, which `auto` makes where the
     memory plan has room for it.
     """
 

@@ -24,6 +24,8 @@ class Whole:
     def __init__(self, model: Any) -> None:
         own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.model = copy.deepcopy(model, dict(own)).eval()
+        for twin, original in zip(self.model.modules(), model.modules(), strict=True):
+            twin._buffers = original._buffers  # one dictionary: DeepSpeed moves buffers to a device by replacing them
         self.tuned: dict[nn.Module, BaseTunerLayer] = {}
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, BaseTunerLayer):
@@ -58,7 +60,10 @@ class Whole:
                     continue
                 if id(value) not in whole:
                     with _available([value]):
-                        whole[id(value)] = nn.Parameter(value.detach().clone(), requires_grad=False)
+                        fresh = nn.Parameter(value.detach().clone(), requires_grad=False)
+                    if hasattr(value, "quant_state"):
+                        fresh.quant_state = value.quant_state  # type: ignore[attr-defined]
+                    whole[id(value)] = fresh
                 module._parameters[name] = whole[id(value)]
 
 

@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from pipeline.config.schema import Evaluate, Ppo, Stage, Supervised
 from pipeline.errors import UserError
 from pipeline.memory.phases import Kind, Need, estimate
 from pipeline.memory.zero import Engine
+
+SPARE = 0.1
+"""The part of a device that a copy for rollouts leaves free."""
 
 TOGETHER = 2
 """As many changes are tried in all combinations; more of them one after the other."""
@@ -70,8 +73,8 @@ def fits(recipe: Recipe, stage: str, where: Device, configs: Path | None = None,
 
 def merged_copy_fits(recipe: Recipe, stage: str, total: float, kind: Kind, configs: Path | None = None) -> bool:
     """What `sampling.adapter: auto` asks: whether a copy of the policy with its adapter merged fits beside all else into
-    `total` bytes."""
-    return fits(recipe, stage, Device(kind, total, ""), configs, merged=True)
+    `total` bytes, with some to spare: a plan that is a little low must not cost the run."""
+    return fits(recipe, stage, Device(kind, total * (1 - SPARE), ""), configs, merged=True)
 
 
 def check_rollout(recipe: Recipe, stage: str, where: Device, configs: Path | None = None) -> None:
@@ -82,8 +85,9 @@ def check_rollout(recipe: Recipe, stage: str, where: Device, configs: Path | Non
     if parts.total <= where.bytes:
         return
     slots = min(block.sampling.batch, block.rollout_batch // block.deepspeed.ranks)
-    each = (parts.cache + parts.logits + parts.activations) / slots
-    possible = int((where.bytes - parts.total) / each) + slots
+    possible = next(
+        (n for n in range(slots - 1, 0, -1) if _of_slots(recipe, stage, n, where, configs) <= where.bytes), 0
+    )
     raise UserError(
         recipe.where("stages", stage, "sampling", "batch"),
         f"rollouts of {slots} responses at a time need {parts.total / 2**30:.2f} GiB on each rank, "
@@ -91,6 +95,15 @@ def check_rollout(recipe: Recipe, stage: str, where: Device, configs: Path | Non
         expected=f"at most {where.bytes / 2**30:.2f} GiB: {where.name}",
         fix=f"write `batch: {possible}`" if possible > 0 else "lower max_response_length, or use a larger device",
     )
+
+
+def _of_slots(recipe: Recipe, stage: str, slots: int, where: Device, configs: Path | None) -> float:
+    """Bytes of the rollout phase with `slots` responses at a time."""
+    block = recipe.stages[stage]
+    assert isinstance(block, Ppo)
+    fewer = block.model_copy(update={"sampling": block.sampling.model_copy(update={"batch": slots})})
+    changed = replace(recipe, stages={**recipe.stages, stage: fewer})
+    return estimate(changed, stage, configs, where.kind).phases["rollout"].total
 
 
 def check(recipe: Recipe, stage: str, where: Device, given: list[str], configs: Path | None = None) -> None:

@@ -219,14 +219,15 @@ def _micro(block: Supervised | Ppo) -> int:
 def _rollout(
     base: Parts, block: Stage, sampling: Sampling, rows: int, samples: int, held: Held, engine: Engine
 ) -> Parts:
-    """The cache of all slots, the prefill of their prompts, and a decoding step's logits with their noise."""
+    """The cache of all slots, the prefill of their prompts, and a decoding step's logits."""
     role, form = held.shapes[0]
     slots = min(sampling.batch, rows)
     columns = _round_up(sampling.max_prompt_length + sampling.max_response_length - 1, 16)
     cache = slots * columns * form.cached(engine.size)
     # Without CUDA graphs the last responses go on in a smaller batch: keys of 3/4 of the slots beside all of them.
     shrinking = 3 / 8 if engine.cpu or engine.level == 3 else 0.0
-    prefill = -(-slots // samples) * (sampling.max_prompt_length - 1)
+    together = samples if sampling.engine == "static" else 1  # samples of a prompt that share its prefill
+    prefill = -(-slots // together) * (sampling.max_prompt_length - 1)
     return base.plus(
         cache=cache * (1 + shrinking),
         activations=_passing(block, role, form, prefill, sampling.max_prompt_length, held, engine),
@@ -239,10 +240,12 @@ def _scoring(base: Parts, block: Stage, sampling: Sampling, rows: int, held: Hel
     """A forward pass without gradients on the base that takes most, in PPO by all roles with an adapter on it together, and
     one chunk of logits."""
     length = sampling.max_prompt_length + sampling.max_response_length
-    together = Counter((role.weights, role.quantization) for role, _ in held.shapes if role.adapter or not role.trained)
+    alone = {id(role) for role, _ in held.shapes if role.trained and role.adapter is None}
+    sharing = [role for role, _ in held.shapes if not role.head_only and id(role) not in alone]
+    together = Counter((role.weights, role.quantization) for role in sharing)
     passing, logits = 0.0, 0.0
     for role, form in held.shapes:
-        times = max(1, together[role.weights, role.quantization]) if isinstance(block, Ppo) else 1
+        times = together[role.weights, role.quantization] if isinstance(block, Ppo) and id(role) not in alone else 1
         passing = max(passing, _passing(block, role, form, times * rows * length, length, held, engine))
         if role.speaks:
             elements = min(rows * sampling.max_response_length, _chunk(form)) * form.vocabulary
@@ -296,8 +299,13 @@ def _ppo(block: Stage, held: Held, engine: Engine) -> Waiting:
     (policy, form), *_ = held.shapes
     sampling, micro = block.sampling, _micro(block)
     length = sampling.max_prompt_length + sampling.max_response_length
+    mixed = (
+        block.ptx.max_length if block.ptx else 0
+    )  # one row of the supervised loss, where that is more than a micro-batch
     kept = {
-        role.name: _saved(block, role, own, micro * length, length, engine, masked=False)
+        role.name: _saved(
+            block, role, own, max(micro * length, mixed if role.name == "policy" else 0), length, engine, masked=False
+        )
         for role, own in held.shapes
         if role.trained and not role.head_only
     }

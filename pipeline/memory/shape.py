@@ -125,7 +125,7 @@ _READS = {
 
 
 class Unknown(UserError):
-    """A family of models whose shape is not known here."""
+    """A model whose shape is not known here."""
 
 
 def shape(config: dict[str, Any], where: str) -> Shape:
@@ -294,7 +294,7 @@ def read(model: str, where: str, configs: Path | None) -> dict[str, Any]:
         try:
             folder = Path(hf_hub_download(model, "config.json")).parent
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
-            raise UserError(
+            raise Unknown(
                 where,
                 f"no config.json of {model} here or on the hub",
                 expected="a model folder or a hub id",

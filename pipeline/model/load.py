@@ -194,8 +194,9 @@ def _never(token: int) -> Callable[..., torch.Tensor]:
     """A hook on the output head that leaves an added token no probability: nobody trained its row."""
 
     def hook(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
-        index = torch.tensor([token], device=logits.device)
-        return logits.index_fill(-1, index, torch.finfo(logits.dtype).min)
+        logits = logits.clone()
+        logits[..., token] = torch.finfo(logits.dtype).min
+        return logits
 
     return hook
 

@@ -120,7 +120,7 @@ def config(settings: dict[str, Any], seed: int, folder: Path) -> PPOConfig:
         total_episodes=batch * settings["steps"],
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=batch // micro,
-        local_rollout_forward_batch_size=batch,
+        local_rollout_forward_batch_size=settings.get("rollout", batch),
         num_mini_batches=settings["minibatches"],
         num_ppo_epochs=settings["epochs"],
         response_length=settings["response_tokens"],

@@ -9,7 +9,8 @@ does not use a separate inference server.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -111,7 +112,7 @@ def prepare(context: Context, block: Ppo) -> Setup:
     if context.is_main:
         print(f"roles on one copy of their weights: {sharing(roles)}", flush=True)
     roles.sharded = zero == 3
-    if copies(context, block, roles):
+    if engine.agreed(copies(context, block, roles) if context.is_main else None):
         roles.sample_whole("policy")
     if block.gradient_checkpointing:
         roles.checkpoint_activations()
@@ -145,8 +146,14 @@ def prepare(context: Context, block: Ppo) -> Setup:
 
 
 def copies(context: Context, block: Ppo, roles: Roles) -> bool:
-    """Whether rollouts are sampled from a copy of the policy. Raises UserError when their cache does not fit the device."""
+    """Whether rollouts are sampled from a copy of the policy: as in the checkpoint to resume, else as the memory plan says.
+    Raises UserError when their cache does not fit the device."""
     where = memory.device(context.recipe, context.stage)
+    if torch.cuda.is_available():
+        where = replace(where, bytes=float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory))
+    newest = checkpoint.newest(context.checkpoints)
+    if newest is not None:
+        return bool(json.loads((newest / "state.json").read_text(encoding="utf-8"))["copies"])
     try:
         memory.check_rollout(context.recipe, context.stage, where)
         room = memory.merged_copy_fits(context.recipe, context.stage, where.bytes, where.kind)

@@ -76,7 +76,7 @@ class Loop:
         self.watch = Watch(self.block.signals)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.budget = self.update.budget
-        # In float32 the log-probabilities of the rollout are the training forward's: no pass for them, the canary compares.
+        # In float32 the log-probabilities of the rollout are the training forward's but for the last bits: no pass for them.
         self.exact = self.block.base.dtype == "fp32"
 
     def run(self, tracker: Tracker) -> None:
@@ -121,7 +121,7 @@ class Loop:
                 greedy = self.sample(prompts, step, block.samples_per_prompt, greedy=True)
         with clock.phase("score"):
             baseline = None
-            said = self.read(rollout, *self.judges, *([] if self.exact and self.checked else ["policy"]))
+            said = self.read(rollout, *self.judges, *([] if self.exact else ["policy"]))
             try:
                 scores, parts = self.rewards(said, rollout, rows)
                 if greedy is not None:
@@ -136,7 +136,9 @@ class Loop:
             if bad := batch.not_finite():
                 self.fail(batch.tensors(), step, f"{bad[0]} of response {bad[1]} are not finite")
             if not self.checked:
-                if dead := canary(self, prompts, rollout, said["policy"]):
+                # In a pass of its own: what the others say must not depend on whether the process is new.
+                logprobs = said["policy"] if "policy" in said else self.read(rollout, "policy")["policy"]
+                if dead := canary(self, prompts, rollout, logprobs):
                     self.fail(batch.tensors(), step, f"canary: {dead}")
                 self.checked = True
         return batch
@@ -300,6 +302,7 @@ class Loop:
             "best": self.best,
             "best_step": self.best_step,
             "stale": self.stale,
+            "copies": self.engine.module.samples_whole("policy"),
             "running_scores": self.running.state() if self.running else None,
             "signals": self.watch.state(),
         }

@@ -40,6 +40,7 @@ class Updater:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.size = block.rollout_batch // block.minibatches
         self.rows, self.budget = micro_batch(block, self.world)
+        self.mixed_rows = max(1, self.budget // block.ptx.max_length) if block.ptx else 0
         self.critic = estimator.critic
         self.aggregation = block.loss_aggregation or estimator.aggregation
         own = block.critic
@@ -78,7 +79,7 @@ class Updater:
         sums, before = torch.zeros(len(COLUMNS + OTHERS), dtype=torch.float64), self.clipping.steps
         tokens = float(batch.mask[chosen].sum())
         lengths = (batch.prompt_lengths + batch.lengths)[chosen]
-        mixed, targets = self.ptx.parts(number, self.rank, self.world, self.rows) if self.ptx else ([], 1)
+        mixed, targets = self.ptx.parts(number, self.rank, self.world, self.mixed_rows) if self.ptx else ([], 1)
         parts = dealt(lengths, self.rank, self.world, self.budget)
         for place, index in enumerate(parts, start=1):
             loss, found = self.losses(batch.rows(chosen[index]), tokens, kl_coef)

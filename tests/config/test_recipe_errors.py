@@ -164,6 +164,11 @@ CASES: dict[str, Case] = {
         "stages.ppo.normalize_scores",
         ["starts as the reward model", "write `critic: {init: policy}`"],
     ),
+    "head that starts as a reward model": (
+        {"stages.ppo.critic": {"kind": "head", "init": "reward"}},
+        "stages.ppo.critic.init",
+        ["a head on the policy's states starts fresh", "fix: leave it out"],
+    ),
     "reward source of no kind": (
         {"stages.ppo.reward": [{"stge": "reward"}]},
         "stages.ppo.reward.0",

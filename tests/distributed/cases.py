@@ -183,7 +183,8 @@ def _compare(context: Any) -> dict[str, float]:
         "ppo": speaking(context, batons["ppo"]),
         "reward": scoring(batons["reward"], context.block.base),
     }
-    roles = assemble(context, parts, tok, sharded=False)
+    roles = assemble(context, parts, tok, sharded=False).to(engine.get_accelerator().current_device_name())
+    tokens, prompt, lengths = (column.to(roles.trunks["sft"].device) for column in (tokens, prompt, lengths))
     differences = {}
     with roles.evaluating():
         for name in ("sft", "ppo"):

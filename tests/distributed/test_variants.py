@@ -284,11 +284,13 @@ def test_a_critic_of_its_own_weights(lora: Case, tmp_path: Path) -> None:
         trained = {name for name, change in found["change"].items() if change.abs().max() > 0}
         assert "trunks.critic.model.layers.0.mlp.up_proj.weight" in trained
         assert not any("lora" in name and ".critic." in name for name in found["change"])
-        below = case.dir / "ppo" / "base-of-x"
-        if init != "base":
-            parent = {"policy": "sft", "reward": "reward"}[init]
-            below = merged_base(case.dir / "ppo", parent)
-            assert (below / "model.safetensors").is_file()
+        if init == "base":
+            below = Path(case.manifest("sft")["base"]["model"])
+        else:
+            below = merged_base(case.dir / "ppo", {"policy": "sft", "reward": "reward"}[init])
+        name = "model.layers.0.mlp.up_proj.weight"
+        before = found["after"][f"trunks.critic.{name}"] - found["change"][f"trunks.critic.{name}"]
+        torch.testing.assert_close(before, load_file(below / "model.safetensors")[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("zero", [0, 3])
@@ -306,7 +308,7 @@ def test_roles_read_together_what_they_read_alone(lora: Case, tmp_path: Path, ze
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_rollouts_by_a_merged_copy_are_the_same(lora: Case, tmp_path: Path, zero: int) -> None:
-    """Tokens, and within 1e-5 the update: by layers gathered one by one and by a whole copy; ranks end at different steps."""
+    """Tokens, and within 1e-4 the update: by layers gathered one by one and by a whole copy; ranks end at different steps."""
     case = lora.copy(tmp_path)
     found = {
         name: case.update(

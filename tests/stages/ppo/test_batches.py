@@ -62,7 +62,7 @@ def test_order_is_restored() -> None:
     assert restored(pieces, index).tolist() == [[10.0 * n, row] for row, n in enumerate(LENGTHS.tolist())]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_dealt_to_ranks(world: int) -> None:
     """Each rank has as many rows and as many micro-batches; no rank waits for more than the spread of one round."""
     parts = [dealt(LENGTHS, rank, world, 1800) for rank in range(world)]
@@ -70,7 +70,7 @@ def test_dealt_to_ranks(world: int) -> None:
     assert sorted(rows) == list(range(8))
     assert len({tuple(map(len, rank)) for rank in parts}) == 1
     tokens = [int(LENGTHS[torch.cat(rank)].sum()) for rank in parts]
-    assert max(tokens) - min(tokens) <= {1: 0, 2: 100, 4: 400, 8: 800}[world]
+    assert max(tokens) - min(tokens) <= {1: 0, 2: 100, 4: 400}[world]
 
 
 def test_a_micro_batch_holds_rows_of_full_length() -> None:
