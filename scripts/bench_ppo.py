@@ -39,7 +39,7 @@ TARGETS = ["down_proj", "fc1", "fc2", "gate_proj", "k_proj", "o_proj", "out_proj
 @dataclass(frozen=True)
 class Row:
     """One comparison. `ends`: mean response length as a share of the limit, 0 where no response may end. `rollout`: rows that
-    TRL samples and scores at a time; all of them are fastest, few take least memory."""
+    are sampled at a time; all of them are fastest, few take least memory. `mapped`: bytes from which glibc returns memory."""
 
     shape: str
     ends: float = 0.0
@@ -48,6 +48,7 @@ class Row:
     response: int = 96
     micro: int = 8
     rollout: int = 32
+    mapped: int | None = None
     dtype: str = "float32"
     turns: int = 5
 
@@ -55,7 +56,7 @@ class Row:
 ROWS = {
     "fixed": Row("llama-15m"),
     "natural": Row("llama-15m", ends=0.4),
-    "memory": Row("llama-120m", rollout=8, turns=2),
+    "memory": Row("llama-120m", rollout=8, mapped=2**20, turns=1),
     "gpu-opt": Row("opt-1.3b", batch=64, rollout=64, prompt=256, response=256, dtype="bfloat16", turns=3),
     "gpu-llama": Row("llama-1b", batch=64, rollout=64, prompt=256, response=256, dtype="bfloat16", turns=3),
 }
@@ -133,6 +134,7 @@ def measure(
         for side in sides:
             ahead = [str(trl)] if side == "trl" else []
             own = env | {"PYTHONPATH": os.pathsep.join([*ahead, *paths])}
+            own |= {"MALLOC_MMAP_THRESHOLD_": str(row.mapped)} if row.mapped else {}
             running.append(Side(side, [sys.executable, *commands[side]], work / f"{side}.log", own))
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for number in range(row.turns + 1):
@@ -164,6 +166,7 @@ def recipe(settings: dict[str, Any]) -> dict[str, Any]:
         "sampling": {
             "max_prompt_length": settings["prompt_tokens"],
             "max_response_length": settings["response_tokens"],
+            "batch": settings.get("rollout", settings["batch"]),
         },
     }
     adapter = {"method": "lora", "r": settings["r"], "alpha": settings["alpha"], "targets": settings["targets"]}
@@ -215,8 +218,9 @@ def page(lines: list[str], threads: int) -> str:
         (__doc__ or "").split("\n\n")[-1].replace("\n", " ").strip()
         + " Each side is a process; they update in turns, the "
         "first update of each is left out, times are medians, the spread is that of the turns' ratios. Peak memory is the "
-        "process's, libraries included. TRL samples and scores all rows at once, in the row `memory` 8 at a time, as "
-        "it trains; Relay trains and scores in micro-batches of the tokens of 8 full rows.",
+        "process's, libraries included. Both sample all rows at once, in the row `memory` 8 at a time; TRL scores as many "
+        "at once, Relay scores, and both train, in micro-batches of 8 rows. In the row `memory` both run under "
+        "MALLOC_MMAP_THRESHOLD_=1048576: glibc then gives freed memory back, which it otherwise keeps, and takes longer.",
         "",
         "| row | shape | reply, tokens | Relay, s | TRL, s | TRL / Relay | Relay, MiB | TRL, MiB | Relay / TRL | padding |",
         "|---|---|---|---|---|---|---|---|---|---|",

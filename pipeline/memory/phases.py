@@ -317,9 +317,10 @@ def _ppo(block: Stage, held: Held, engine: Engine) -> Waiting:
     else:
         waiting, turning = 4 * elements if rows <= _chunk(form) else 0, elements * (engine.size + 16)
     whole = _unpacked(policy, form, engine) + (2.0 * form.largest * engine.size if engine.level == 3 else 0.0)
-    if turning > waiting + kept.get("critic", 0.0):
+    if turning > waiting + (kept.get("critic", 0.0) if engine.level else 0.0):
         return Waiting(kept["policy"], whole, float(turning))
-    return Waiting(sum(kept.values()), whole, float(waiting))
+    # Without ZeRO the policy's backward pass is over before the critic's forward pass begins.
+    return Waiting(max(kept.values()) if engine.level == 0 else sum(kept.values()), whole, float(waiting))
 
 
 def _saved(block: Stage, role: Role, form: Shape, tokens: int, length: int, engine: Engine, *, masked: bool) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,14 @@ OTHERS = ("cells", "filled", "ptx", "ptx_tokens")
 and the supervised loss over its target tokens."""
 
 
+def _sums(rows: Experience, columns: dict[str, Tensor]) -> Tensor:
+    """Sums over response tokens, float64, in the order of COLUMNS and OTHERS; 0 for those that are not given."""
+    sums = torch.zeros(len(COLUMNS + OTHERS), dtype=torch.float64)
+    for name, column in columns.items():
+        sums[COLUMNS.index(name)] = float((column.detach() * rows.mask).sum())
+    return sums
+
+
 @dataclass
 class Updater:
     """Learns from one rollout batch at a time. `ptx` is the supervised data that is mixed in, or None."""
@@ -42,6 +51,9 @@ class Updater:
         self.rows, self.budget = micro_batch(block, self.world)
         self.mixed_rows = max(1, self.budget // block.ptx.max_length) if block.ptx else 0
         self.critic = estimator.critic
+        # ZeRO 1 to 3 want every parameter's gradient in a minibatch's first backward pass: later ones add to what lies there.
+        apart = self.critic and block.critic.kind != "head" and self.engine.zero_optimization_stage() == 0
+        self.turns = 2 if apart else 1
         self.aggregation = block.loss_aggregation or estimator.aggregation
         own = block.critic
         self.schedules = {
@@ -82,9 +94,9 @@ class Updater:
         mixed, targets = self.ptx.parts(number, self.rank, self.world, self.mixed_rows) if self.ptx else ([], 1)
         parts = dealt(lengths, self.rank, self.world, self.budget)
         for place, index in enumerate(parts, start=1):
-            loss, found = self.losses(batch.rows(chosen[index]), tokens, kl_coef)
-            self._backward(loss, last=place == len(parts) + len(mixed))
-            sums += found
+            for turn, (loss, found) in enumerate(self.losses(batch.rows(chosen[index]), tokens, kl_coef), start=1):
+                self._backward(loss, last=place == len(parts) + len(mixed) and turn == self.turns)
+                sums += found
         # Backward passes of their own: ZeRO-3 with recomputed activations keeps one gradient of a weight for each.
         for place, rows in enumerate(mixed, start=1):
             assert self.ptx is not None
@@ -103,8 +115,9 @@ class Updater:
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
         self.engine.step()
 
-    def losses(self, rows: Experience, tokens: float, kl_coef: float) -> tuple[Tensor, Tensor]:
-        """(this micro-batch's share of the minibatch's mean loss, its sums); the minibatch has `tokens` response tokens."""
+    def losses(self, rows: Experience, tokens: float, kl_coef: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """(this micro-batch's share of the minibatch's mean loss, its sums), once, or the policy's and then the critic's; the
+        minibatch has `tokens` response tokens."""
         block, width = self.block, rows.mask.shape[1]
         asked = (rows.tokens, rows.prompt_lengths, rows.lengths, width, block.sampling.temperature)
         learn = {"learn_entropy": block.entropy_coef > 0}
@@ -114,25 +127,28 @@ class Updater:
         else:
             logprobs, entropy = self.engine("log_probs", "policy", *asked, **learn)
         weights = token_weights(rows.mask, rows.lengths, self.size, tokens, self.aggregation)
-        policy, policy_clipped = policy_loss(logprobs, rows.logprobs, rows.advantages, block.clip, block.dual_clip)
+        policy, clipped = policy_loss(logprobs, rows.logprobs, rows.advantages, block.clip, block.dual_clip)
         total = (policy * weights).sum()
         if kl_place(block) == "loss":
             total = total + kl_coef * (estimate(logprobs, rows.reference, "k3") * weights).sum()
         if block.entropy_coef > 0:
             total = total - block.entropy_coef * (entropy * weights).sum()
-        value = value_clipped = torch.zeros_like(policy)
-        if self.critic:
-            if values is None:
-                values = self.engine("values", "critic", rows.tokens, rows.prompt_lengths, width)
-            value, value_clipped = value_loss(values, rows.values, rows.returns, block.value_clip)
-            total = total + (value * rows.mask).sum() / tokens
-        with torch.no_grad():
-            change = (logprobs - rows.logprobs) * rows.mask
-            columns = [policy, value, policy_clipped, value_clipped, change.exp(), 0.5 * change.pow(2), entropy]
-            sums = [(c.detach() * rows.mask).sum() for c in columns] + [rows.mask.sum()]
-        filled = float((rows.prompt_lengths + rows.lengths).sum())
-        others = torch.tensor([rows.tokens.numel(), filled, 0.0, 0.0], dtype=torch.float64)
-        return total, torch.cat([torch.stack(sums).double().cpu(), others])
+        change = (logprobs - rows.logprobs).detach() * rows.mask
+        columns = {"policy": policy, "clipped": clipped, "ratio": change.exp(), "approxkl": 0.5 * change.pow(2)}
+        sums = _sums(rows, columns | {"entropy": entropy, "tokens": torch.ones_like(rows.mask)})
+        sums[-len(OTHERS)] = rows.tokens.numel()
+        sums[-len(OTHERS) + 1] = float((rows.prompt_lengths + rows.lengths).sum())
+        if not self.critic:
+            yield total, sums
+            return
+        if self.turns == 2:
+            yield total, sums  # its backward pass frees the policy's activations before there are any of the critic
+            total, sums = torch.zeros_like(total), torch.zeros_like(sums)
+        if values is None:
+            values = self.engine("values", "critic", rows.tokens, rows.prompt_lengths, width)
+        value, value_clipped = value_loss(values, rows.values, rows.returns, block.value_clip)
+        found = _sums(rows, {"value": value, "value_clipped": value_clipped})
+        yield total + (value * rows.mask).sum() / tokens, sums + found
 
     def _mean_kl(self, sums: Tensor) -> float:
         """Mean over a minibatch's tokens on all ranks of half the squared change of the log-probability."""

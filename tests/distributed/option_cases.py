@@ -134,8 +134,8 @@ def invariant_gradients(recipe: str, run_dir: str, overrides: list[str], example
         for low, high in itertools.pairwise(bounds):
             if high > low:
                 part = batch.rows(torch.tensor(rows[low:high]))
-                loss, _ = loop.update.losses(_padded(part, padding), tokens, loop.kl.coef)
-                loss.backward()
+                for loss, _ in loop.update.losses(_padded(part, padding), tokens, loop.kl.coef):
+                    loss.backward()
         parameters = dict(module.named_parameters())
         return {n: parameters[n].grad.clone() for n in names}
 

@@ -290,7 +290,7 @@ def test_other_families_keep_other_tensors() -> None:
 def test_activations_of_ppo_are_those_of_policy_and_critic(tiny: str, tmp_path: Path) -> None:
     sampling = {"max_prompt_length": 6, "max_response_length": 4}
     ppo = {"rollout_batch": 8, "micro_batch": 2, "sampling": sampling}
-    options = {"base": {"model": tiny, "dtype": "fp32"}, "adapter": {"r": 2}, "deepspeed": {"config": "zero0"}}
+    options = {"base": {"model": tiny, "dtype": "fp32"}, "adapter": {"r": 2}, "deepspeed": {"config": "zero1"}}
     found = need(tmp_path, "ppo", tiny, ppo=ppo, **options)
     token = 3 * (4 * (2 * 8 + 2 * 8 + 2 * 4 + 3 * 20 + 8 + 8 + 20 + 7 * 2) + 4 * 4)
     backward = found.phases["backward"]
@@ -299,7 +299,10 @@ def test_activations_of_ppo_are_those_of_policy_and_critic(tiny: str, tmp_path: 
     learning = need(tmp_path, "ppo", tiny, ppo=ppo | {"entropy_coef": 0.01}, **options).phases["backward"]
     assert learning.logits == 2 * 4 * 100 * 4  # one chunk, scaled, waits for its backward pass
     lora = 3 * 2 * (2 * 16 + 2 * 12 + 3 * 28)
-    assert backward.gradients == 4 * (2 * lora + 8)  # three earlier micro-batches' gradients, whole without ZeRO
+    alone = need(tmp_path, "ppo", tiny, ppo=ppo, **options | {"deepspeed": {"config": "zero0"}}).phases["backward"]
+    assert alone.gradients == 4 * (2 * lora + 8)  # earlier micro-batches' gradients, whole without ZeRO
+    # Without ZeRO the policy's backward pass comes first: its chunk of logits, log-probabilities and probabilities on top.
+    assert (alone.activations, alone.logits) == (20 * token, 2 * 4 * 100 * (4 + 4 + 4))
 
     checkpointing = need(tmp_path, "ppo", tiny, ppo=ppo | {"gradient_checkpointing": True}, **options)
     # The input of each block, and one block in full, of both roles.
