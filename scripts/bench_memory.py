@@ -230,15 +230,21 @@ def page(rows: list[str], options: argparse.Namespace) -> str:
     return (
         f"""# The memory plan beside the measured peak
 
-`python scripts/bench_memory.py {" ".join(asked)}`, commit {commit.stdout.strip()}, {versions}, {os.uname().sysname}
-{os.uname().machine}, Python {sys.version.split()[0]}.
+`python scripts/bench_memory.py --work FOLDER {" ".join(asked)}`
+(plan of commit {commit.stdout.strip()}; {versions}; {os.uname().sysname}, Python {sys.version.split()[0]})
 
 Random Llama models, two ranks; LoRA (r 16, all linear layers) and full fine-tuning in float32, QLoRA on nf4 under bf16.
 Prompts of {PROMPT} tokens, responses of {RESPONSE}; PPO with policy, reference, critic and reward model, two optimizer steps
-on micro-batches of two rows. *Measured* is the higher rank's peak in MiB, on {device}, nothing subtracted
-(allocator settings: {malloc}); *planned* is what `relay plan` says for the same recipe, libraries included; *ratio* is planned
-by measured, here from {min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} of {len(rows)} cases; *phase* is where the plan
-sees the peak.
+on micro-batches of two rows.
+
+- *measured*: the higher rank's peak in MiB, on {device}, nothing subtracted. Allocator settings: {malloc}.
+- *planned*: what `relay plan` says for the same recipe, libraries included.
+- *ratio*: planned by measured, from {min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} of {len(rows)} cases.
+- *phase*: where the plan sees the peak.
+
+The constant for libraries, ZeRO-2's second bucket and ZeRO-3's prefetching were settled while such cases were measured: the
+table says how well the plan describes them, not how well it foretells others. With glibc's own settings ranks on CPUs
+take more than this: see [the plan's page](../memory.md).
 
 | model | stage | method | ZeRO | measured | planned | ratio | phase |
 |---|---|---|---|---|---|---|---|
