@@ -134,7 +134,7 @@ def estimate(
         logits=waits.logits,
     )
     phases["reduction"] = base.plus(
-        gradients=engine.reducing(trained), activations=waits.kept * engine.left(trained) + waits.whole
+        gradients=engine.reducing(trained), activations=(waits.kept + waits.whole) * engine.left(trained)
     )
     waiting, temporary = engine.stepping(groups, held.largest)
     phases["step"] = base.plus(gradients=waiting, optimizer=temporary)
@@ -257,7 +257,7 @@ def _passing(block: Stage, role: Role, form: Shape, tokens: int, length: int, he
     """A forward pass without gradients: one block's tensors, and what of the weights is unpacked or gathered for it."""
     found = tokens * form.passing(engine.size, adapted=role.adapter is not None)
     eager = tokens * length * _probabilities(block, form, engine.size)
-    return found + eager + _unpacked(role, form, engine) + engine.gathered(form.parameters, form.largest)
+    return found + eager + _whole(role, form, engine)
 
 
 def _probabilities(block: Stage, form: Shape, size: int) -> int:
@@ -265,9 +265,17 @@ def _probabilities(block: Stage, form: Shape, size: int) -> int:
     return form.heads * (4 + (size if size < 4 else 0)) if block.base.attn_implementation == "eager" else 0
 
 
-def _unpacked(role: Role, form: Shape, engine: Engine) -> float:
-    """One 4-bit layer, unpacked to be multiplied with."""
-    return max(layer.inputs * layer.outputs for layer in form.linears) * engine.size if role.quantization else 0.0
+def _sharded(role: Role, form: Shape, engine: Engine) -> float:
+    """Numbers of a weight's size that ZeRO-3 shards of a base: not those packed in 4 bits on CPUs, which are bytes there."""
+    if role.quantization is None:
+        return form.parameters
+    return form.other + (0 if engine.cpu else form.linear * NF4_BYTES / engine.size)
+
+
+def _whole(role: Role, form: Shape, engine: Engine) -> float:
+    """Weights as they are multiplied with: what ZeRO-3 has gathered, and one 4-bit layer unpacked."""
+    unpacked = max(layer.inputs * layer.outputs for layer in form.linears) * engine.size if role.quantization else 0
+    return unpacked + engine.gathered(_sharded(role, form, engine), form.largest)
 
 
 @dataclass(frozen=True)
@@ -284,11 +292,14 @@ def _supervised(block: Supervised, held: Held, engine: Engine) -> Waiting:
     (policy, form), *_ = held.shapes
     tokens = _micro(block) * block.max_length * (2 if isinstance(block, Reward) else 1)
     kept = _saved(block, policy, form, tokens, block.max_length, engine, masked=True)
-    gathered = 0.0
-    if engine.level == 3:  # one order of modules, step for step: what is used again soon stays
-        gathered = float((min(form.parameters, REUSE) + min(form.parameters, engine.prefetch)) * engine.size)
+    whole = _whole(policy, form, engine)
+    if (
+        engine.level == 3
+    ):  # one order of modules, step for step: what is used again soon stays, beside what is prefetched
+        sharded = _sharded(policy, form, engine)
+        whole = max(whole, (min(sharded, REUSE) + min(sharded, engine.prefetch)) * engine.size)
     logits = _fused_head(policy, form, tokens, engine) if isinstance(block, Sft) else 0.0
-    return Waiting(kept, _unpacked(policy, form, engine) + gathered, logits)
+    return Waiting(kept, whole, logits)
 
 
 def _ppo(block: Stage, held: Held, engine: Engine) -> Waiting:
@@ -316,7 +327,7 @@ def _ppo(block: Stage, held: Held, engine: Engine) -> Waiting:
         waiting, turning = 0, elements * (engine.size + 8 + (engine.size if engine.size < 4 else 0))
     else:
         waiting, turning = 4 * elements if rows <= _chunk(form) else 0, elements * (engine.size + 16)
-    whole = _unpacked(policy, form, engine) + (2.0 * form.largest * engine.size if engine.level == 3 else 0.0)
+    whole = _whole(policy, form, engine)
     if turning > waiting + (kept.get("critic", 0.0) if engine.level else 0.0):
         return Waiting(kept["policy"], whole, float(turning))
     # Without ZeRO the policy's backward pass is over before the critic's forward pass begins.

@@ -151,8 +151,9 @@ class Engine:
             steps.append((waiting, group * (copy + temporaries) / self.ranks))
         return max(steps, key=sum)
 
-    def gathered(self, parameters: int, largest: int) -> float:
-        """Whole weights that ZeRO-3 has gathered at a time: what it prefetches, and the tensors made from that."""
+    def gathered(self, parameters: float, largest: int) -> float:
+        """Whole weights that ZeRO-3 has gathered at a time in a pass through `parameters` sharded ones: what it prefetches,
+        and the tensors made from that."""
         if self.level < 3:
             return 0.0
         return 2.0 * max(min(parameters, self.prefetch), largest) * self.size

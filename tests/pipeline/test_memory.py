@@ -408,6 +408,8 @@ def test_zero_3_shards_weights_and_gathers_them_to_compute(tiny: str, tmp_path: 
     assert scoring.adapters == 4 * 2 * 8
     # 16 rows of 512 tokens through a block, and all weights twice: gathered, and cut into tensors.
     assert scoring.activations == 16 * 512 * (2 * 8 + 3 * 20) * 4 + 2 * TINY_ALL * 4
+    token = 3 * (4 * (2 * 8 + 2 * 8 + 2 * 4 + 60 + 8 + 8 + 20 + 2 * 8) + 4 * 4)
+    assert found.phases["backward"].activations == 2 * 16 * 512 * token + 2 * TINY_ALL * 4
 
 
 def test_device_is_what_is_asked_for_else_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
