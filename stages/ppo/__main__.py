@@ -153,7 +153,7 @@ def copies(context: Context, block: Ppo, roles: Roles) -> bool:
         where = replace(where, bytes=float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory))
     newest = checkpoint.newest(context.checkpoints)
     if newest is not None:
-        return bool(json.loads((newest / "state.json").read_text(encoding="utf-8"))["copies"])
+        return bool(json.loads((newest / "state.json").read_text(encoding="utf-8")).get("copies", False))
     try:
         memory.check_rollout(context.recipe, context.stage, where)
         room = memory.merged_copy_fits(context.recipe, context.stage, where.bytes, where.kind)
