@@ -1,6 +1,7 @@
 """Parameters and bytes per rank against numbers worked out by hand from hyper-parameters and from what each library holds."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -454,3 +455,27 @@ def test_what_nothing_mends_is_said(tmp_path: Path) -> None:
     need(tmp_path, "sft", LLAMA)
     with pytest.raises(UserError, match="no setting is small enough"):
         memory.check(load(tmp_path / "r.yaml"), "sft", memory.Device("cuda", GIB / 2, "a GPU"), [], CONFIGS)
+
+
+def test_only_visible_gpus_count(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A display card that the run does not see does not decide what fits."""
+    driver = tmp_path / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    driver.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "  -L) echo 'GPU 0: large'; echo 'GPU 1: small';;\n"
+        "  *'-i 0'*) echo 24576;;\n"
+        "  *) echo 24576; echo 2048;;\n"
+        "esac\n",
+        encoding="utf-8",
+    )
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{driver.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    need(tmp_path, "sft", tiny)
+    recipe = load(tmp_path / "r.yaml")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert memory.device(recipe, "sft").bytes == 24 * GIB
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert memory.device(recipe, "sft").bytes == 2 * GIB
