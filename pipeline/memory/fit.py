@@ -45,12 +45,14 @@ class Device:
 
 
 def device(recipe: Recipe, stage: str, gib: float | None = None) -> Device:
-    """The device of a stage's ranks: a GPU of `gib` GiB, else the smallest GPU of this machine, else its memory over the
-    ranks of a host. Asks the driver and the kernel, not torch."""
+    """The device of a stage's ranks: a GPU of `gib` GiB, else the smallest GPU that this machine lets it see, else its memory
+    over the ranks of a host. Asks the driver and the kernel, not torch."""
     if gib is not None:
         return Device("cuda", gib * 2**30, f"a GPU of {gib:g} GiB")
     if launch.devices() is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers or UUIDs, as the driver's own tool takes them
         asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        asked += ["-i", visible] if visible else []
         listed = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
         sizes = [int(size) for size in listed if size.isdigit()]
         if sizes:
