@@ -224,6 +224,29 @@ def show(
 
 
 @commands.command()
+def export(
+    recipe: RecipeName,
+    stage: Annotated[str, typer.Argument(help="a stage that published an adapter")],
+    to: Annotated[Path, typer.Option("--to", help="a folder that is not there yet")],
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write a stage's adapter as a plain LoRA, for programs that know LoRA alone; refused where no LoRA equals it."""
+    from pipeline.adapters.as_lora import convert
+
+    loaded, folder, _ = _open(recipe, run_dir, overrides, None)
+    if stage not in loaded.stages:
+        raise UserError(f"stage {stage}", "no such stage", expected="one of: " + ", ".join(loaded.stages))
+    if to.exists():
+        raise UserError(f"--to {to}", "it is there already", expected="a new folder")
+    baton = handoff.open_baton(folder / stage)
+    if not baton.is_adapter:
+        raise UserError(str(baton.path), "a full model, not an adapter", fix="use it as it is")
+    convert(baton, to)
+    console.print(f"{to}: {baton.adapter.method} of {stage} as LoRA")
+
+
+@commands.command()
 def verify(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = None) -> None:
     """Check every published file of a run against its hash, and every stage against the parents it was made from."""
     loaded, folder, _ = _open(recipe, run_dir, overrides, None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.recipe import digest
+from pipeline.config.schema import Adapter
 from pipeline.data.read import file_hash
 from pipeline.errors import UserError
 
@@ -42,6 +43,11 @@ class Baton:
     @property
     def is_adapter(self) -> bool:
         return (self.path / ADAPTER_CONFIG).is_file()
+
+    @property
+    def adapter(self) -> Adapter:
+        """The recipe's adapter block that the output was trained with."""
+        return Adapter.model_validate(self.manifest["inputs"]["block"]["adapter"])
 
     @property
     def base(self) -> str:
@@ -79,9 +85,7 @@ def content_hash(folder: Path, hashes: dict[str, str]) -> str:
 
 def model_hash(model: str, revision: str | None = None) -> str:
     """Content hash of a base model: its weight files and config.json. `model` is a folder or a hub id."""
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = _snapshot(model, revision)
+    folder = model_folder(model, revision)
     found = sorted(p for p in folder.iterdir() if p.name.endswith(WEIGHTS) or p.name == "config.json")
     if not any(p.name.endswith(WEIGHTS) for p in found):
         raise UserError(
@@ -91,6 +95,11 @@ def model_hash(model: str, revision: str | None = None) -> str:
             fix="check base.model; a folder is relative to the recipe file",
         )
     return _hash_once(tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in found))
+
+
+def model_folder(model: str, revision: str | None = None) -> Path:
+    """Where a base's files are: a folder, or a hub id's files in the cache, fetched if they are not there."""
+    return Path(model) if Path(model).is_dir() else _snapshot(model, revision)
 
 
 @lru_cache(maxsize=64)

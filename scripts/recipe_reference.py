@@ -1,4 +1,5 @@
-"""Write docs/recipe.md, the reference of a recipe's keys, from the schema itself.
+"""Write docs/recipe.md, the reference of a recipe's keys, from the schema itself, and docs/methods.md, the fine-tuning
+methods, from their records.
 
 python scripts/recipe_reference.py
 """
@@ -14,11 +15,12 @@ from pydantic_core import PydanticUndefined
 
 from pipeline.config import schema
 from pipeline.config.kinds import KINDS
+from pipeline.config.methods import METHODS, Method
 from pipeline.config.recipe import INHERITED
 from pipeline.config.schema import Block
 from stages.ppo.advantage import ESTIMATORS
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEAD = """# The recipe
 
 One YAML file is the whole experiment. This page is written by `python scripts/recipe_reference.py` from the schema.
@@ -95,5 +97,77 @@ def page() -> str:
     return "\n".join(parts)
 
 
+METHODS_HEAD = """# Fine-tuning methods
+
+`adapter: {method: NAME}` in a recipe, at the top or in a stage. This page is written by `python scripts/recipe_reference.py`
+from the records in `pipeline/config/methods.py`, which the recipe check reads too: what a method cannot do is refused, with
+the reason and a method that can, before a weight is read. `--set adapter.method=NAME` switches a recipe over; keys of another
+kind of adapter are left out then. Measured side by side: [results/methods.md](results/methods.md).
+
+Options have PEFT's names or the papers'. LoRA+ (Hayou et al. 2024, arXiv 2402.12354) is `lr_ratio` of any LoRA: the learning
+rate of its second factor over that of the first. Ranks by layer are `rank_pattern` and `alpha_pattern`. In the formulas d is
+the model's width, k the width of its keys (or values).
+"""
+
+METHODS_TAIL = """## Opening a published adapter
+
+Adapters are PEFT directories. PEFT itself opens those of LoRA and its kin, AdaLoRA, VeRA, IA3, OFT and LN-tuning. The others'
+methods are Relay's: `import pipeline.adapters` before `PeftModel.from_pretrained`; PEFT has no way to find them by itself, so
+that each such directory has a README.md that says so. `relay export RECIPE STAGE --to DIR` writes the LoRA that equals a
+LoRA, AdaLoRA or VeRA adapter; a PiSSA adapter is published as one.
+
+## Where Relay departs from the papers
+
+- **Prefixes** stand in attention alone, not in the key-value cache: positions, padding and recomputed activations are as
+  without them. A reparametrised prefix keeps its network when published, so that the next stage can go on training it.
+- **Prompt tuning and P-tuning**: virtual tokens have ids of their own past the vocabulary, which the input embedding knows.
+  PEFT's own forms lose position ids (left padding changes the answer), do not resume, and break a classifier's pooling.
+- **UniPELT's gates** are computed for each token, not from the mean over the text, which would let a token see what comes.
+- **LoReFT and DiReFT** act on all positions, not on the prompt's first and last tokens alone.
+- **Pfeiffer's adapter** sits after the feed-forward's last layer, before the residual sum.
+- **AdaLoRA** measures importance from gradients before clipping, of all ranks together; its orthogonality term is part of
+  every stage's loss, PPO's too.
+- **PiSSA** is published as a LoRA of rank 2r, B A less what was taken out of the base, on the base as it was.
+- **BitFit** gives linear layers without a bias one that starts at zero: Llama has no other.
+"""
+
+
+def methods() -> str:
+    """docs/methods.md."""
+    can = ("identity", "mergeable", "additive", "mixed", "zero3", "four_bit", "conv1d", "shared", "continued")
+    titles = (
+        "starts as identity",
+        "merges",
+        "rollout copy",
+        "mixed batches",
+        "ZeRO-3",
+        "4-bit",
+        "GPT-2",
+        "PPO",
+        "continued",
+    )
+    about = ["| method | paper | what trains | trained parameters | choose it |", "|---|---|---|---|---|"]
+    caps = ["| method | " + " | ".join(titles) + " | PEFT's name | where it cannot |", "|---" * (len(can) + 3) + "|"]
+    keys = ["| method | keys and defaults |", "|---|---|"]
+    for name, method in METHODS.items():
+        about.append(f"| `{name}` | {method.paper} | {method.trains} | {method.parameters} | {method.choose} |")
+        able = " | ".join("yes" if getattr(method, key) else "no" for key in can)
+        why = f"{method.why}; try `{method.instead}`" if method.why else ""
+        caps.append(f"| `{name}` | {able} | {method.peft} | {why} |")
+        keys.append(f"| `{name}` | " + ", ".join(f"`{k}: {v}`" for k, v in method.options.items()) + " |")
+    record = inspect.cleandoc(Method.__doc__ or "").partition("Then what it can do:")[2].strip()
+    parts = [
+        METHODS_HEAD,
+        "\n".join(about),
+        "## What they can do",
+        record,
+        "\n".join(caps),
+        "## Their keys",
+        "\n".join(keys),
+    ]
+    return "\n\n".join([*(part.strip("\n") for part in parts), METHODS_TAIL])
+
+
 if __name__ == "__main__":
-    OUT.write_text(page(), encoding="utf-8")
+    (DOCS / "recipe.md").write_text(page(), encoding="utf-8")
+    (DOCS / "methods.md").write_text(methods(), encoding="utf-8")

@@ -40,7 +40,7 @@ def reward(context: Context) -> None:
         max_length=None, center_rewards_coefficient=block.center, **trainer.arguments(context, block, steps)
     )
     zero = engine.zero_stage(arguments.deepspeed)
-    model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3)
+    model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3, steps=steps)
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
 

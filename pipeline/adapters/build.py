@@ -1,24 +1,42 @@
-"""Attach, load and save adapters. The files are PEFT's own, so that plain `PeftModel.from_pretrained` opens them."""
+"""Attach, load and save adapters of every method. The files are PEFT's own, so that `PeftModel.from_pretrained` opens them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.adapters import adalora, pissa
+from pipeline.adapters.bitfit import BitFitConfig
+from pipeline.adapters.hybrid import HybridConfig
+from pipeline.adapters.reft import ReftConfig
+from pipeline.adapters.soft_prompt import SoftPromptConfig
+from pipeline.config.architectures import names
+from pipeline.config.fitting import check_names
+from pipeline.config.methods import METHODS
 from pipeline.config.schema import Adapter
 from pipeline.errors import UserError
 
 HEADS = ("lm_head", "score", "embed_out")
 WEIGHTS = "adapter_model.safetensors"
+OWN = ("HYBRID", "BITFIT", "REFT", "SOFT_PROMPT")
+"""Kinds of adapters that PEFT does not have."""
+
+UNTRAINED = ("ranknum",)
+"""Parameters of adapters that only count."""
+
+Names = dict[str, tuple[str, ...]]
 
 
 def targets(model: Any, wanted: str | list[str]) -> list[str]:
@@ -28,7 +46,7 @@ def targets(model: Any, wanted: str | list[str]) -> list[str]:
     plain = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and not name.startswith(inside)
+        if isinstance(module, nn.Linear | Conv1D) and not name.startswith(inside)
     }
     linear = {name.rpartition(".")[2] for name in plain | adapted.keys()} - set(HEADS)
     if wanted == "all-linear":
@@ -43,24 +61,144 @@ def targets(model: Any, wanted: str | list[str]) -> list[str]:
     return sorted(wanted)
 
 
-def lora_config(adapter: Adapter, model: Any, task: str) -> LoraConfig:
-    """LoRA for `model`; `task` is CAUSAL_LM or SEQ_CLS, and the latter keeps the score head with the adapter."""
-    return LoraConfig(
+def config(adapter: Adapter, model: Any, task: str, steps: int | None = None) -> PeftConfig:
+    """PEFT's configuration of a fresh adapter for the transformers model `model`.
+
+    `task` is CAUSAL_LM or SEQ_CLS; the latter keeps the score head with the adapter. `steps` are the optimizer steps it will
+    train for, which AdaLoRA's schedule needs.
+    """
+    family = model.config.get_text_config().model_type
+    check_names(adapter, family, "adapter.modules")
+    where = names(family, adapter.modules)
+    if adapter.method == "adalora":
+        built = adalora.config(adapter, steps or 0, targets(model, adapter.targets), task)
+    else:
+        built = _BUILDERS[METHODS[adapter.method].peft](adapter, model, where)
+    built.task_type = task
+    built.modules_to_save = ["score"] if task == "SEQ_CLS" else None
+    return built
+
+
+def _lora(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
+    return peft.LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        task_type=task,
         target_modules=targets(model, adapter.targets),
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        use_rslora=adapter.method == "rslora",
+        use_dora=adapter.method == "dora",
+        init_lora_weights="pissa" if adapter.method == "pissa" else True,
+        fan_in_fan_out=_transposed(model),
     )
 
 
-def attach(model: Any, adapter: Adapter, task: str, name: str = "default") -> Any:
+def _vera(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
+    return peft.VeraConfig(
+        r=adapter.r,
+        target_modules=targets(model, adapter.targets),
+        vera_dropout=adapter.dropout,
+        d_initial=adapter.d_initial,
+    )
+
+
+def _ia3(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
+    return peft.IA3Config(
+        target_modules=sorted({*where["key_value"], *where["feed_forward_output"]}),
+        feedforward_modules=sorted(where["feed_forward_output"]),
+        fan_in_fan_out=_transposed(model),
+    )
+
+
+def _oft(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
+    return peft.OFTConfig(
+        r=0,
+        oft_block_size=adapter.oft_block_size,
+        module_dropout=adapter.dropout,
+        target_modules=targets(model, adapter.targets),
+    )
+
+
+def _ln_tuning(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
+    return peft.LNTuningConfig(target_modules=sorted(where["norms"]))
+
+
+def _bitfit(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
+    return BitFitConfig()
+
+
+def _reft(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
+    blocks = [n for n, _ in model.named_modules() if n.rpartition(".")[2].isdigit()]
+    lists = tuple(where["blocks"])
+    found = [n for n in blocks if n.rpartition(".")[0].rpartition(".")[2] in lists]
+    return ReftConfig(kind=adapter.method, r=adapter.r, dropout=adapter.dropout, target_modules=found)
+
+
+def _soft_prompt(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
+    hidden = adapter.encoder_hidden_size if adapter.method == "p_tuning" else 0
+    return SoftPromptConfig(num_virtual_tokens=adapter.num_virtual_tokens, encoder_hidden_size=hidden)
+
+
+def _hybrid(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
+    """Bottlenecks, prefixes and LoRA on queries and values, as each method puts them together."""
+    method, given = adapter.method, adapter.options
+    after_attention = where["attention_output"] if method == "adapter_houlsby" else ()
+    sequential = method in ("adapter_houlsby", "adapter_pfeiffer", "unipelt")
+    parallel = method in ("adapter_parallel", "mam")
+    prefixed = method in ("prefix_tuning", "p_tuning_v2", "mam", "unipelt")
+
+    def placed(here: bool, *slots: tuple[str, ...]) -> list[str] | None:
+        found = sorted({name for slot in slots for name in slot})
+        return found if here and found else None
+
+    return HybridConfig(
+        sequential_modules=placed(sequential, after_attention, where["feed_forward_output"]),
+        parallel_modules=placed(parallel, where["feed_forward"]),
+        parallel_inputs=placed(parallel, where["feed_forward_input"]),
+        prefix_modules=placed(prefixed, where["query"]),
+        lora_modules=placed(method == "unipelt", where["query_value"]),
+        bottleneck_dim=adapter.bottleneck_dim,
+        non_linearity=adapter.non_linearity,
+        scaling=given.get("scaling", 1.0),
+        dropout=adapter.dropout,
+        init="houlsby" if method == "adapter_houlsby" else "zero",
+        lora_r=given.get("r", 8),
+        lora_alpha=given.get("alpha", 16.0),
+        num_virtual_tokens=given.get("num_virtual_tokens", 0),
+        encoder_hidden_size=given.get("encoder_hidden_size", 0),
+        gating=method == "unipelt",
+    )
+
+
+_BUILDERS: dict[str, Callable[[Adapter, Any, Names], PeftConfig]] = {
+    "LORA": _lora,
+    "VERA": _vera,
+    "IA3": _ia3,
+    "OFT": _oft,
+    "LN_TUNING": _ln_tuning,
+    "BITFIT": _bitfit,
+    "REFT": _reft,
+    "SOFT_PROMPT": _soft_prompt,
+    "HYBRID": _hybrid,
+}
+
+
+def _transposed(model: Any) -> bool:
+    """Whether the model's linear layers hold their weights transposed, as GPT-2's."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def attach(model: Any, adapter: Adapter, task: str, name: str = "default", steps: int | None = None) -> Any:
     """`model` with a fresh adapter `name`, in the base's dtype: DeepSpeed holds float32 master weights of what trains."""
-    return get_peft_model(model, lora_config(adapter, model, task), adapter_name=name, autocast_adapter_dtype=False)
+    built = config(adapter, model, task, steps)
+    wrapped = get_peft_model(model, built, adapter_name=name, autocast_adapter_dtype=False)
+    if adapter.method == "pissa":
+        pissa.remember(wrapped, name)
+    return wrapped
 
 
-def add(model: Any, config: LoraConfig, name: str) -> Any:
+def add(model: Any, config: PeftConfig, name: str) -> Any:
     """`model`, plain or with adapters already, with one more fresh adapter."""
     if not isinstance(model, PeftModel):
         return get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
@@ -68,19 +206,37 @@ def add(model: Any, config: LoraConfig, name: str) -> Any:
     return model
 
 
-def same_method(adapter: Adapter, folder: Path) -> bool:
-    """Whether the adapter in `folder` has the method and shape the recipe asks for, so that training can continue it."""
-    found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    wanted = found["target_modules"] if adapter.targets == "all-linear" else sorted(adapter.targets)
-    return bool(
-        adapter.method == "lora"
-        and found["peft_type"] == "LORA"
-        and found["r"] == adapter.r
-        and found["lora_alpha"] == adapter.alpha
-        and not found.get("use_dora")
-        and not found.get("use_rslora")
-        and sorted(found["target_modules"]) == wanted
-    )
+def frozen(folder: Path) -> PeftConfig:
+    """The configuration of a published adapter."""
+    return PeftConfig.from_pretrained(str(folder))
+
+
+def without_dropout(config: PeftConfig) -> PeftConfig:
+    """`config`, changed in place: PPO's ratio must be 1 before the first update."""
+    for name in ("lora_dropout", "vera_dropout", "module_dropout", "dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
+def belongs(parameter: str, adapter: str) -> bool:
+    """Whether a parameter of a PEFT model, by its full name, is one of `adapter`."""
+    return adapter in parameter.split(".")
+
+
+def trained(model: Any, adapter: str) -> list[nn.Parameter]:
+    """The parameters that training `adapter` changes."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if belongs(name, adapter) and not any(part in UNTRAINED for part in name.split("."))
+    ]
+
+
+def is_identity(weights: dict[str, torch.Tensor]) -> bool:
+    """Whether LoRA weights change nothing; of other kinds it is not known, and they are taken to."""
+    last = [value for name, value in weights.items() if "lora_B" in name]
+    return bool(last) and not any(value.any() for value in last)
 
 
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -104,6 +260,11 @@ def read_head(folder: Path) -> dict[str, torch.Tensor]:
     raise UserError(str(folder), "no score head in its weights", expected="a reward model with `score.weight`")
 
 
+def state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """The weights of adapter `name` as a published file has them, before DeepSpeed shards anything."""
+    return {key: value.detach().clone() for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
+
+
 def put(model: PeftModel, name: str, weights: dict[str, torch.Tensor]) -> None:
     """Copy `weights` into adapter `name` of `model`; a head it trains stays. Raises UserError when they do not fit it."""
     heads = {  # PEFT fails on a state without the modules it saves whole
@@ -113,7 +274,7 @@ def put(model: PeftModel, name: str, weights: dict[str, torch.Tensor]) -> None:
         for saved, loaded in module.adapter_state_dict_load_map(name).items()
     }
     result = set_peft_model_state_dict(model, {**heads, **weights}, adapter_name=name)
-    missing = [k for k in result.missing_keys if f".{name}." in k and "lora_" in k]
+    missing = [k for k in result.missing_keys if belongs(k, name) and not any(part in k for part in UNTRAINED)]
     if result.unexpected_keys or missing:
         raise UserError(
             f"adapter {name}",
@@ -133,11 +294,26 @@ def put_head(model: PeftModel, name: str, head: dict[str, torch.Tensor]) -> None
 def write(model: PeftModel, name: str, state: dict[str, torch.Tensor], folder: Path, base: str) -> None:
     """Write gathered adapter weights and their config, with lists sorted so that the same work gives the same bytes."""
     weights = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
+    found = model.peft_config[name].to_dict() | {"inference_mode": True, "base_model_name_or_path": base}
+    weights, found = pissa.as_lora(model, weights, found)
     save_file({key: value.contiguous() for key, value in sorted(weights.items())}, folder / WEIGHTS, {"format": "pt"})
-    config = model.peft_config[name].to_dict()
-    config |= {"inference_mode": True, "base_model_name_or_path": base}
-    plain = json.loads(json.dumps(config, default=_jsonable))
+    plain = json.loads(json.dumps(found, default=_jsonable))
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if plain["peft_type"] in OWN:
+        (folder / "README.md").write_text(_README, encoding="utf-8")
+
+
+_README = """# How to open this adapter
+
+PEFT does not have its method; Relay (`pip install relay-rlhf`) adds it:
+
+```python
+import pipeline.adapters  # registers the method with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "this folder")  # base: see base_model_name_or_path in adapter_config.json
+```
+"""
 
 
 def _jsonable(value: Any) -> Any:

@@ -17,7 +17,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.config.fitting import check_method
 from pipeline.config.kinds import KINDS, estimators
+from pipeline.config.methods import METHODS
 from pipeline.config.schema import REWARD_KEYS, FunctionReward, Header, Ppo, Source, Stage, Supervised, reward_stages
 from pipeline.errors import UserError
 
@@ -160,7 +162,8 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     path = find(str(name))
     raw = _parse(path)
-    for override in overrides or []:
+    method_first = sorted(overrides or [], key=lambda text: not text.partition("=")[0].endswith("adapter.method"))
+    for override in method_first:
         _override(raw, override)
     stages_raw = raw.pop("stages", None)
     if not isinstance(stages_raw, dict) or not stages_raw:
@@ -204,6 +207,10 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {key}", f"{part} is not a block", expected="the dotted path of a key in the recipe")
     try:
+        if path[-1:] == ["adapter"] and last == "method":
+            kept = _switched(node, yaml.safe_load(value))
+            node.clear()
+            node.update(kept)
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(
@@ -211,6 +218,14 @@ def _override(raw: dict[str, Any], text: str) -> None:
             f"{value!r} is not valid YAML: {' '.join(str(error).split())}",
             expected="a value as it would stand in the recipe",
         ) from None
+
+
+def _switched(adapter: dict[str, Any], method: Any) -> dict[str, Any]:
+    """An adapter block's keys once its method is `method`: those of another kind of adapter mean nothing to it."""
+    old = adapter.get("method", "lora")
+    known = all(isinstance(name, str) and name in METHODS for name in (old, method))
+    kind = METHODS[old].peft if known else None
+    return dict(adapter) if old == method or (kind and kind == METHODS[method].peft) else {"method": method}
 
 
 def _stage(recipe: Recipe, raw: dict[str, Any], stage: str, block: Any) -> Stage:
@@ -235,6 +250,10 @@ def _stage(recipe: Recipe, raw: dict[str, Any], stage: str, block: Any) -> Stage
                 f"{where}.{key}", f"found {own!r}", expected=f"a block, as `{key}:` at the top of the recipe"
             )
         merged[key] = {**(raw.get(key) or {}), **own}
+    if own := (block.get("adapter") or {}).get("method"):
+        merged["adapter"] = {**_switched(raw.get("adapter") or {}, own), **block["adapter"]}
+    if merged["adapter"].get("method") == "qlora" and merged["base"].get("quantization") is None:
+        merged["base"]["quantization"] = "nf4"
     merged.setdefault("seed", recipe.header.seed)
     if "holdout" in block:  # one held-out part for all stages, else one would train on what another holds out
         raise UserError(
@@ -267,6 +286,14 @@ def _validate(schema: type[Any], value: Any, where: str, joint: str) -> Any:
             ) from None
         if first["type"] == "missing":
             raise UserError(place, "missing", expected=f"a value for `{keys[-1]}`", fix=f"add `{keys[-1]}:`") from None
+        if first["type"] == "misplaced":
+            key, known = first["ctx"]["key"], first["ctx"]["known"]
+            raise UserError(
+                f"{place}.{key}",
+                first["ctx"]["found"],
+                expected="one of: " + ", ".join(known) if known else "",
+                fix=_closest(re.findall(r"\w+", first["ctx"]["found"])[-1], known) or ("" if known else "remove it"),
+            ) from None
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         found = first["input"] if keys else "this block"
         raise UserError(place, f"found {found!r}" if keys else message, expected=message if keys else "") from None
@@ -294,20 +321,14 @@ def _check(recipe: Recipe) -> None:
         _check_batches(recipe, stage, block)
         if isinstance(block, Ppo):
             _check_ppo(recipe, stage, block)
-        deepspeed_config(recipe, stage)
         if getattr(block, "eval_every", None) and block.holdout == 0:
             raise UserError(
                 recipe.where("stages", stage, "eval_every"),
                 "there is nothing to evaluate on: data.holdout is 0",
                 fix="set `data: {holdout: 0.02}`, or leave out eval_every",
             )
-        if block.base.quantization and block.adapter.method == "full" and block.kind != "evaluate":
-            raise UserError(
-                recipe.where("stages", stage, "adapter", "method"),
-                "full fine-tuning of a 4-bit base",
-                expected="full-precision weights to train",
-                fix="write `method: lora` (QLoRA), or `quantization: null`",
-            )
+        if block.kind != "evaluate":
+            check_method(recipe, stage, deepspeed_config(recipe, stage))
     totals: dict[str, float] = {}
     for stage, block in recipe.stages.items():
         for source in sources(block):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,10 @@ class Rollout:
         """(tokens, prompt_lengths, lengths) of some rows, tokens cut to the longest of them."""
         prompts, lengths = self.prompt_lengths[index], self.lengths[index]
         return self.tokens[index, : int((prompts + lengths).max())], prompts, lengths
+
+    def without_first(self, count: int) -> Rollout:
+        """The same without the first `count` tokens of every prompt."""
+        return replace(self, tokens=self.tokens[:, count:], prompt_lengths=self.prompt_lengths - count)
 
     def response(self, row: int) -> list[int]:
         start = int(self.prompt_lengths[row])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import launch
+from pipeline.config.methods import METHODS
 from pipeline.config.recipe import Recipe, load
 from pipeline.config.schema import Evaluate, Ppo, Stage, Supervised
 from pipeline.errors import UserError
@@ -204,10 +205,10 @@ def _changes(recipe: Recipe, stage: str, where: Device) -> Iterator[Change]:
                 yield "zero", [f"{own}.deepspeed.config=zero{better}"]
         if where.kind == "cuda":
             yield "zero", [f"{own}.deepspeed.config=zero3_offload"]
-    if block.base.quantization is None and block.adapter.method == "lora":
+    if block.base.quantization is None and METHODS[block.adapter.method].four_bit:
         dtype = [] if block.base.dtype == "bf16" else ["base.dtype=bf16"]
         yield "quantization", ["base.quantization=nf4", *dtype]
-    if block.adapter.method == "full":
+    if block.adapter.is_full:
         yield "method", ["adapter.method=lora"]
     if where.kind == "cuda" and not isinstance(block, Evaluate):
         for times in (2, 4, 8, 16):

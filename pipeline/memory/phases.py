@@ -14,7 +14,8 @@ from typing import Literal
 from pipeline.config.recipe import Recipe
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Evaluate, Ppo, Reward, Sampling, Sft, Stage, Supervised
-from pipeline.memory.roles import Role, roles
+from pipeline.memory import adapters
+from pipeline.memory.roles import Role, roles, trunks
 from pipeline.memory.shape import Shape, read, shape
 from pipeline.memory.zero import Engine
 
@@ -148,10 +149,9 @@ def _held(recipe: Recipe, stage: str, engine: Engine, configs: Path | None) -> H
     where, size, ranks = recipe.where("stages", stage, "base"), engine.size, engine.share(3)
     shapes = [(r, shape(read(recipe.local(r.model), where, configs), where)) for r in roles(recipe, stage)]
     shared: dict[tuple[str, ...], list[tuple[Role, Shape]]] = {}
-    for number, (role, form) in enumerate(shapes):
+    for (role, form), trunk in zip(shapes, trunks([role for role, _ in shapes]), strict=True):
         if not role.head_only:
-            alone = f"role {number}" if role.trained and role.adapter is None else ""
-            shared.setdefault((role.weights, role.quantization or "", alone), []).append((role, form))
+            shared.setdefault(trunk, []).append((role, form))
 
     parameters, weights, file = 0, 0.0, 0.0
     whole: dict[str, int] = {}  # parameters of the trunk that a role trains whole
@@ -175,7 +175,7 @@ def _held(recipe: Recipe, stage: str, engine: Engine, configs: Path | None) -> H
         if role.trained and role.head_only:
             groups.append(head)
         elif role.trained:
-            groups.append(head + (form.lora(role.adapter) if role.adapter else whole[role.name]))
+            groups.append(head + (adapters.trained(role.adapter, form) if role.adapter else whole[role.name]))
     if engine.offload_weights:
         weights = 0.0
     return Held(shapes, parameters, groups, weights, adapters, groups[0] if groups else 0, file)
@@ -186,11 +186,10 @@ def _adapter(role: Role, form: Shape, engine: Engine) -> float:
     if role.adapter is None or role.head_only:
         return 0.0
     total = 0.0
-    for layer in form.adapted(role.adapter):
-        for elements in (role.adapter.r * layer.inputs, role.adapter.r * layer.outputs):
-            copies = 1.0 if engine.level < 3 else 1 / engine.ranks + (elements <= engine.persistent)
-            total += layer.count * elements * engine.size * copies
-    return total
+    for tensor in adapters.tensors(role.adapter, form):
+        copies = 1.0 if engine.level < 3 else 1 / engine.ranks + (tensor.elements <= engine.persistent)
+        total += tensor.count * tensor.elements * engine.size * copies
+    return total + adapters.frozen(role.adapter, form) * engine.size
 
 
 def _copy(block: Ppo, held: Held, engine: Engine) -> float:
@@ -198,7 +197,7 @@ def _copy(block: Ppo, held: Held, engine: Engine) -> float:
     form = held.shapes[0][1]
     if engine.level == 3:
         return float(form.parameters * engine.size)
-    adapted = form.adapted(block.adapter) if block.adapter.method != "full" else []
+    adapted = [] if block.adapter.is_full else adapters.targeted(block.adapter, form)
     return float(sum(layer.count * layer.inputs * layer.outputs for layer in adapted) * engine.size)
 
 
@@ -240,12 +239,13 @@ def _scoring(base: Parts, block: Stage, sampling: Sampling, rows: int, held: Hel
     """A forward pass without gradients on the base that takes most, in PPO by all roles with an adapter on it together, and
     one chunk of logits."""
     length = sampling.max_prompt_length + sampling.max_response_length
-    alone = {id(role) for role, _ in held.shapes if role.trained and role.adapter is None}
-    sharing = [role for role, _ in held.shapes if not role.head_only and id(role) not in alone]
-    together = Counter((role.weights, role.quantization) for role in sharing)
+    places = trunks([role for role, _ in held.shapes])
+    together = Counter(
+        trunk for (role, _), trunk in zip(held.shapes, places, strict=True) if role.mixes and not role.head_only
+    )
     passing, logits = 0.0, 0.0
-    for role, form in held.shapes:
-        times = together[role.weights, role.quantization] if isinstance(block, Ppo) and id(role) not in alone else 1
+    for (role, form), trunk in zip(held.shapes, places, strict=True):
+        times = max(1, together[trunk]) if isinstance(block, Ppo) else 1
         passing = max(passing, _passing(block, role, form, times * rows * length, length, held, engine))
         if role.speaks:
             elements = min(rows * sampling.max_response_length, _chunk(form)) * form.vocabulary

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.config.kinds import estimators
+from pipeline.config.methods import METHODS
 from pipeline.config.recipe import BASE, Recipe
 from pipeline.config.schema import Adapter, Base, Evaluate, Ppo, Reward, Stage, reward_stages
 
 
 @dataclass(frozen=True)
 class Role:
-    """One model a stage works with. Roles with equal `weights` and `quantization` share one copy of them.
+    """One model a stage works with. Roles with equal `weights`, `quantization` and kind of adapter share one copy of them.
 
     `model` is the base whose config.json gives the shape; a role that does not speak has a score head in place of the
     output head; `adapter` is None where the weights themselves are the role's. `head_only` trains that head and nothing
@@ -28,6 +29,25 @@ class Role:
     trained: bool
     head_only: bool = False
 
+    @property
+    def mixes(self) -> bool:
+        """Whether it reads in one batch with other roles on its copy of the weights."""
+        return not (self.trained and self.adapter is None) and (
+            self.adapter is None or METHODS[self.adapter.method].mixed
+        )
+
+
+def trunks(roles: list[Role]) -> list[tuple[str, ...]]:
+    """Which copy of weights each role stands on, as a key: one for equal weights, quantisation and kind of adapter. What
+    trains whole has its own; a role without an adapter stands on the first copy."""
+    bases = [
+        (r.weights, r.quantization or "", f"role {n}" if r.trained and r.adapter is None else "")
+        for n, r in enumerate(roles)
+    ]
+    kinds = [METHODS[role.adapter.method].peft if role.adapter else "" for role in roles]
+    first = {base: kind for base, kind in reversed(list(zip(bases, kinds, strict=True))) if kind}
+    return [(*base, kind or first.get(base, "")) for base, kind in zip(bases, kinds, strict=True)]
+
 
 def roles(recipe: Recipe, stage: str) -> list[Role]:
     """The models a stage works with, sharing weights as section 7 of the design says."""
@@ -35,7 +55,7 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
     if isinstance(block, Evaluate):
         sides = [_published(recipe, name, block.base, "policy") for name in (block.model, block.against)]
         return sides + [_published(recipe, name, block.base, "reward") for name in block.reward]
-    full = block.adapter.method == "full"
+    full = block.adapter.is_full
     adapter = None if full else block.adapter
     start = _start(block)
     policy = Role(
@@ -49,8 +69,9 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
     )
     if not isinstance(block, Ppo):
         return [policy]
-    continued = start != BASE and _continues(block.adapter, recipe.stages[start].adapter)
-    reference = replace(policy, name="reference", adapter=adapter if continued else None, trained=False)
+    continued = start != BASE and block.adapter.continues(recipe.stages[start].adapter)
+    copied = continued or not METHODS[block.adapter.method].identity
+    reference = replace(policy, name="reference", adapter=adapter if copied else None, trained=False)
     names = reward_stages(*block.reward, *(block.gold or []))
     rewards = [_published(recipe, name, block.base, "reward") for name in names]
     if not estimators()[block.advantage_estimator].critic:
@@ -68,7 +89,7 @@ def _critic(recipe: Recipe, stage: str, block: Ppo, policy: Role, rewards: list[
     elif block.critic.start == "base":
         start = replace(policy, weights=block.base.model, model=block.base.model)
     critic = replace(start, name="critic", speaks=False, adapter=block.adapter, trained=True)
-    if block.critic.kind == "model" or block.adapter.method == "full":  # what trains whole is not quantised
+    if block.critic.kind == "model" or block.adapter.is_full:  # what trains whole is not quantised
         return replace(critic, adapter=None, quantization=None)
     return critic
 
@@ -80,14 +101,14 @@ def _published(recipe: Recipe, name: str, base: Base, role: Literal["policy", "r
         return Role(role, base.model, base.model, base.quantization, speaks, adapter=None, trained=False)
     block = recipe.stages[name]
     held = base if speaks else block.base
-    adapter = None if block.adapter.method == "full" else block.adapter
+    adapter = None if block.adapter.is_full else block.adapter
     return Role(role, _standing(recipe, name), block.base.model, held.quantization, speaks, adapter, trained=False)
 
 
 def _standing(recipe: Recipe, name: str) -> str:
     """Whose weights the output of stage `name` stands on: its own after full training, else those below its adapter."""
     block = recipe.stages[name]
-    return f"output of {name}" if block.adapter.method == "full" else _below(recipe, name, _start(block))
+    return f"output of {name}" if block.adapter.is_full else _below(recipe, name, _start(block))
 
 
 def _below(recipe: Recipe, stage: str, parent: str) -> str:
@@ -96,18 +117,9 @@ def _below(recipe: Recipe, stage: str, parent: str) -> str:
     if parent == BASE:
         return block.base.model
     adapter = recipe.stages[parent].adapter
-    if adapter.method == "full" or _continues(block.adapter, adapter):
+    if adapter.is_full or block.adapter.continues(adapter):
         return _standing(recipe, parent)
     return f"{parent} merged for {stage}"
-
-
-def _continues(adapter: Adapter, parent: Adapter) -> bool:
-    """Whether training goes on in a copy of the parent's adapter: LoRA of the same shape."""
-    return adapter.method == parent.method == "lora" and (adapter.r, adapter.alpha, adapter.targets) == (
-        parent.r,
-        parent.alpha,
-        parent.targets,
-    )
 
 
 def _start(block: Stage) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pipeline.config.schema import Adapter
 from pipeline.errors import UserError
+from pipeline.memory import adapters
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Shape:
 
     Then the sizes of a block: `hidden` is the residual stream's width, `queries` and `keys` those of attention's queries
     and of its keys (or values), `inner` the feed-forward's; `rms` for RMSNorm (else LayerNorm), `head_norms` where queries and
-    keys have one too; `feed` for how the feed-forward works; `stored` is the dtype in which the file holds the weights.
+    keys have one too; `feed` for how the feed-forward works; `stored` is the dtype in which the file holds the weights;
+    `final_norm` where a norm follows the last block.
     """
 
     linears: list[Linear]
@@ -46,6 +48,7 @@ class Shape:
     head_norms: bool
     feed: Literal["gated", "relu", "gelu", "gelu_new"]
     stored: str
+    final_norm: bool = True
 
     @property
     def linear(self) -> int:
@@ -60,14 +63,6 @@ class Shape:
     def largest(self) -> int:
         """Parameters of the largest tensor."""
         return max(self.vocabulary * self.width, *(layer.inputs * layer.outputs for layer in self.linears))
-
-    def adapted(self, adapter: Adapter) -> list[Linear]:
-        """The layers that `adapter` targets."""
-        return [layer for layer in self.linears if adapter.targets == "all-linear" or layer.name in adapter.targets]
-
-    def lora(self, adapter: Adapter) -> int:
-        """Parameters of a LoRA adapter: r x (in + out) for each layer it targets."""
-        return sum(layer.count * adapter.r * (layer.inputs + layer.outputs) for layer in self.adapted(adapter))
 
     def kept(self, size: int, adapter: Adapter | None, *, masked: bool) -> int:
         """Bytes that all blocks keep of one token for the backward pass in a dtype of `size` bytes.
@@ -87,23 +82,7 @@ class Shape:
             # Inputs of the projections, of the last one (which ReLU keeps already), and, for RMSNorm's weight, what it scales.
             inputs = 2 * self.hidden + (0 if self.feed == "relu" else self.inner)
             return self.layers * (attention + feed + norms + (inputs + (normed if self.rms else 0)) * size)
-        read = self._read(adapter) * (3 if adapter.dropout else 1)  # dropout keeps its mask and each layer's own input
-        ranks = sum(layer.count for layer in self.adapted(adapter)) * adapter.r
-        return self.layers * (attention + feed + norms) + (read + ranks) * size
-
-    def _read(self, adapter: Adapter) -> int:
-        """Elements of one token that adapters read and that no one else keeps, over all blocks.
-
-        Layers side by side (queries, keys and values; gate and up) read one tensor; attention's output and ReLU's are kept
-        anyway.
-        """
-        inputs: dict[tuple[str, int], int] = {}
-        for layer in self.adapted(adapter):
-            group = _READS.get(layer.name, layer.name)
-            if group == "output" or (group == "last" and self.feed == "relu"):
-                continue
-            inputs[group, layer.inputs] = max(inputs.get((group, layer.inputs), 0), layer.count)
-        return sum(width * count for (_, width), count in inputs.items())
+        return self.layers * (attention + feed + norms) + adapters.kept(adapter, self) * size
 
     def passing(self, size: int, *, adapted: bool) -> int:
         """Bytes of one token in a block without gradients, where it is widest: the feed-forward's tensors and two of the
@@ -113,15 +92,6 @@ class Shape:
     def cached(self, size: int) -> int:
         """Bytes of one token's keys and values in all blocks."""
         return self.layers * 2 * self.keys * size
-
-
-_READS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "c_attn", "query_key_value"), "first"),
-    **dict.fromkeys(("o_proj", "out_proj", "dense"), "output"),
-    **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "dense_h_to_4h"), "feed"),
-    **dict.fromkeys(("down_proj", "fc2", "dense_4h_to_h"), "last"),
-}
-"""Which tensor of a block a linear layer reads."""
 
 
 class Unknown(UserError):
@@ -216,6 +186,7 @@ def _opt(config: dict[str, Any]) -> Shape:
         head_norms=False,
         feed="relu" if config.get("activation_function", "relu") == "relu" else "gelu",
         stored=_stored(config),
+        final_norm=bool(normed),
     )
 
 

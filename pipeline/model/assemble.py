@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import PeftConfig
 from torch import nn
 
 from pipeline import handoff
 from pipeline.adapters import build
+from pipeline.config.methods import METHODS
 from pipeline.config.schema import Base
 from pipeline.handoff import Baton
 from pipeline.model import load
@@ -27,15 +28,17 @@ class Part:
 
     `adapter` is None for bare base weights, else (config, weights); a missing config is the recipe's, missing weights are
     fresh. `head` is None for a role that speaks; an empty one is fresh. `own` keeps the trunk unshared: its weights train.
-    `reads` names the role whose hidden states the head reads; the part is then the head alone.
+    `reads` names the role whose hidden states the head reads; the part is then the head alone. `like` names the role whose
+    adapter, as it starts, this one's is a copy of.
     """
 
     base: Base
-    adapter: tuple[LoraConfig | None, Weights | None] | None = None
+    adapter: tuple[PeftConfig | None, Weights | None] | None = None
     head: Weights | None = None
     trained: bool = False
     own: bool = False
     reads: str | None = None
+    like: str | None = None
 
 
 def speaking(context: Context, baton: Baton | None) -> Part:
@@ -46,7 +49,7 @@ def speaking(context: Context, baton: Baton | None) -> Part:
     if not baton.is_adapter:
         return Part(base.model_copy(update={"model": str(baton.path), "revision": None}))
     baton.check_base()
-    return Part(_recorded(baton, base), (_config(baton), build.read(baton.path)[0]))
+    return Part(_recorded(baton, base), (build.frozen(baton.path), build.read(baton.path)[0]))
 
 
 def scoring(baton: Baton, base: Base) -> Part:
@@ -57,7 +60,7 @@ def scoring(baton: Baton, base: Base) -> Part:
         return Part(held, head=build.read_head(baton.path))
     baton.check_base()
     weights, head = build.read(baton.path)
-    return Part(held, (_config(baton), weights), head)
+    return Part(held, (build.frozen(baton.path), weights), head)
 
 
 def _recorded(baton: Baton, base: Base) -> Base:
@@ -66,19 +69,20 @@ def _recorded(baton: Baton, base: Base) -> Base:
     return base.model_copy(update={"model": baton.base, "revision": revision})
 
 
-def _config(baton: Baton) -> LoraConfig:
-    return LoraConfig.from_pretrained(str(baton.path))
-
-
-def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: bool) -> Roles:
+def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: bool, steps: int | None = None) -> Roles:
     """Load each distinct base once and attach the roles' adapters and heads.
 
-    Roles share a trunk when their bases' content hashes and quantisation are equal; a trunk with a role that speaks is a
-    causal language model, else a classifier without its head.
+    Roles share a trunk when their bases' content hashes and quantisation are equal, and their adapters of one kind: PEFT puts
+    no others on one model. A trunk with a role that speaks is a causal language model, else a classifier without its head.
+    `steps` are the optimizer steps for which fresh adapters will train.
     """
     described, parts = parts, {name: part for name, part in parts.items() if part.reads is None}
     hashes = {name: handoff.model_hash(p.base.model, p.base.revision) for name, p in parts.items()}
-    keys = {name: (hashes[name], p.base.quantization, name if p.own else "") for name, p in parts.items()}
+    bases = {name: (hashes[name], p.base.quantization, name if p.own else "") for name, p in parts.items()}
+    kinds = {name: _kind(context, part) for name, part in parts.items()}
+    # A role without an adapter stands on the first trunk of its base.
+    first = {bases[name]: kind for name, kind in reversed(kinds.items()) if kind}
+    keys = {name: (*base, kinds[name] or first.get(base, "")) for name, base in bases.items()}
     trunks: dict[str, Any] = {}
     heads: dict[str, nn.Linear] = {}
     roles: dict[str, Role] = {}
@@ -89,7 +93,9 @@ def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: boo
             speaks = any(parts[other].head is None for other in sharers)
             trunks[trunk] = (load.causal if speaks else load.classifier)(part.base, tok, sharded=sharded)
         if part.adapter is not None:
-            trunks[trunk] = _add_adapter(trunks[trunk], name, context, *part.adapter)
+            trunks[trunk] = _add_adapter(trunks[trunk], name, context, *part.adapter, steps)
+        if part.like is not None:
+            build.put(trunks[trunk], name, build.state(trunks[trunk], part.like))
         if part.head is not None:
             heads[name] = _head(trunks[trunk], part)
         roles[name] = Role(trunk, name if part.adapter is not None else None, part.trained)
@@ -109,12 +115,23 @@ def plain(trunk: Any) -> Any:
     return trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
 
 
-def _add_adapter(trunk: Any, name: str, context: Context, config: LoraConfig | None, weights: Weights | None) -> Any:
-    config = config or build.lora_config(context.block.adapter, plain(trunk), "CAUSAL_LM")
+def _kind(context: Context, part: Part) -> str:
+    """PEFT's name of a part's adapter; empty without one."""
+    if part.adapter is None:
+        return ""
+    given = part.adapter[0]
+    return METHODS[context.block.adapter.method].peft if given is None else str(given.peft_type.value)
+
+
+def _add_adapter(
+    trunk: Any, name: str, context: Context, config: PeftConfig | None, weights: Weights | None, steps: int | None
+) -> Any:
+    config = config or build.config(context.block.adapter, plain(trunk), "CAUSAL_LM", steps)
     speaks = hasattr(plain(trunk), "prepare_inputs_for_generation")  # PEFT refuses CAUSAL_LM on a classifier
-    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM" if speaks else None, None, False
-    config.lora_dropout = 0.0  # PPO's ratio must be 1 before the first update
-    trunk = build.add(trunk, config, name)
+    config.task_type, config.modules_to_save = "CAUSAL_LM" if speaks else None, None
+    # PEFT allows one AdaLoRA adapter that trains on a model; which of a trunk's adapters do is for Roles to say.
+    config.inference_mode = config.peft_type == "ADALORA" and hasattr(trunk, "peft_config")
+    trunk = build.add(trunk, build.without_dropout(config), name)
     if weights is not None:
         build.put(trunk, name, weights)
     return trunk

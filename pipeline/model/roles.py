@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.adapters import build
+from pipeline.adapters.soft_prompt import virtual_ids
 from pipeline.config.schema import Sampling
 from pipeline.generation import engines
 from pipeline.generation.rollout import Rollout
@@ -56,6 +60,7 @@ class Roles(nn.Module):
             trunk.requires_grad_(False)
         for name in heads:
             heads[name].requires_grad_(roles[name].trained)
+        self._virtual = {name: virtual_ids(trunks[role.trunk], role.adapter) for name, role in roles.items()}
         for name, role in roles.items():
             if role.trained:
                 for parameter in self._trunk_parameters(role):
@@ -74,8 +79,12 @@ class Roles(nn.Module):
     def _trunk_parameters(self, role: Role) -> list[nn.Parameter]:
         if role.reads is not None:
             return []
-        named = self.trunks[role.trunk].named_parameters()
-        return [p for n, p in named if role.adapter is None or f".{role.adapter}." in n]
+        trunk = self.trunks[role.trunk]
+        return list(trunk.parameters()) if role.adapter is None else build.trained(trunk, role.adapter)
+
+    def virtual(self, role: str) -> list[int]:
+        """The virtual tokens that stand before every text the role reads; nearly always none."""
+        return self._virtual[role]
 
     def use(self, role: str) -> None:
         """Make the role's adapter the active one in its trunk, without touching what requires gradients."""
@@ -110,9 +119,11 @@ class Roles(nn.Module):
             with self._whole[role].of(self.roles[role].adapter, sharded=self.sharded) as model:
                 engine = self._engine(role, model, sampling.engine)
                 return engines.sample(engine, model, prompts, noise, sampling, pad=pad, eos=eos)
-        model = self.causal_lm(role)
+        model, before = self.causal_lm(role), self._virtual[role]
         engine = self._engine(role, model, sampling.engine)
-        return engines.sample(engine, model, prompts, noise, sampling, pad=pad, eos=eos, synced=synced)
+        asked = [before + prompt for prompt in prompts]
+        rollout = engines.sample(engine, model, asked, noise, sampling, pad=pad, eos=eos, synced=synced)
+        return rollout.without_first(len(before))
 
     def sample_whole(self, role: str) -> None:
         """From now on roll `role` out by a copy with its adapter merged in, whole on every rank; before DeepSpeed starts."""
@@ -136,7 +147,7 @@ class Roles(nn.Module):
         """What each role says of responses, without gradients: log-probabilities of one that speaks and values of the critic,
         float32 [B, width]; scores of a reward model, float32 [B]. Layout as in `log_probs`.
 
-        Roles on one trunk go through it together, each row with its role's adapter.
+        Roles on one trunk go through it together where their adapters can, each row with its role's; else one by one.
         """
         found: dict[str, Tensor] = {}
         hidden = self._hidden_of(roles, tokens)
@@ -157,8 +168,9 @@ class Roles(nn.Module):
         for trunk in dict.fromkeys(self.roles[role].trunk for role in roles):
             sharers = [role for role in roles if self.roles[role].trunk == trunk]
             adapters = list(dict.fromkeys(self.roles[role].adapter for role in sharers))
-            if len(adapters) == 1:
-                states = {adapters[0]: self._hidden(sharers[0], tokens)}
+            if len(adapters) == 1 or not all(map(_mixes, self._tuners[trunk])):
+                speaker = {self.roles[role].adapter: role for role in reversed(sharers)}
+                states = {adapter: self._hidden(speaker[adapter], tokens) for adapter in adapters}
             else:
                 with self._side_by_side(trunk, adapters, len(tokens)):
                     together = self._forward(sharers[0], tokens.repeat(len(adapters), 1))
@@ -257,10 +269,8 @@ class Roles(nn.Module):
             )
         else:
             first = int(prompt_lengths.min()) - 1
-            kept = tokens.shape[1] - first
-            logits = model(
-                input_ids=tokens, position_ids=_positions(tokens), use_cache=False, logits_to_keep=kept
-            ).logits
+            kept, whole = tokens.shape[1] - first, self._prefixed(role, tokens)
+            logits = model(input_ids=whole, position_ids=_positions(whole), use_cache=False, logits_to_keep=kept).logits
             picked = logits[row, column - 1 - first]
             chosen, entropy = of_logits(picked, targets, temperature, learn_entropy=learn_entropy)
         empty = chosen.new_zeros(len(tokens), width)
@@ -283,10 +293,16 @@ class Roles(nn.Module):
         return self._forward(role, tokens)
 
     def _forward(self, role: str, tokens: Tensor) -> Tensor:
-        """Last hidden states of the role's trunk as it is set."""
-        trunk = self.trunks[self.roles[role].trunk]
+        """Last hidden states of the role's trunk as it is set, [B, L, H]: none for virtual tokens."""
+        trunk, whole = self.trunks[self.roles[role].trunk], self._prefixed(role, tokens)
         backbone = (trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk).base_model
-        return backbone(input_ids=tokens, position_ids=_positions(tokens), use_cache=False).last_hidden_state
+        found = backbone(input_ids=whole, position_ids=_positions(whole), use_cache=False).last_hidden_state
+        return found[:, whole.shape[1] - tokens.shape[1] :]
+
+    def _prefixed(self, role: str, tokens: Tensor) -> Tensor:
+        """`tokens` with the role's virtual ones before them."""
+        before = self._virtual[role]
+        return torch.cat([tokens.new_tensor(before).expand(len(tokens), -1), tokens], 1) if before else tokens
 
     def _head(self, role: str, hidden: Tensor) -> Tensor:
         head = self.heads[role]
@@ -337,6 +353,12 @@ class Roles(nn.Module):
             return checkpoint(under_same_adapter, *args, use_reentrant=reentrant)
 
         return run
+
+
+def _mixes(layer: BaseTunerLayer) -> bool:
+    """Whether a layer's adapters are plain LoRA, which a mixed batch can apply row by row."""
+    plain = isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer)
+    return plain and not any(layer.use_dora.values())
 
 
 def _positions(tokens: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ from pipeline.scoring.source import build, checked
 from pipeline.stage import Context, main
 from stages.evaluate.statistics import win_rate
 
+TESTED, AGAINST = "tested", "against"
+"""The two policies' roles. PEFT looks for an adapter's name in the names of parameters, most of which say `model`."""
+
 
 def evaluate(context: Context) -> None:
     """Two policies side by side on held-out prompts."""
@@ -50,11 +53,14 @@ def evaluate(context: Context) -> None:
         )
 
     rewards = {f"reward{i}": name for i, name in enumerate(block.reward)}
-    parts = {"model": speaking(context, parent), "against": speaking(context, context.parent("against"))}
+    parts = {TESTED: speaking(context, parent), AGAINST: speaking(context, context.parent("against"))}
     parts |= {role: scoring(context.batons[name], block.base) for role, name in rewards.items()}
     roles = assemble(context, parts, tok, sharded=False).to(device)
 
-    sides = {side: answers(block, roles, side, prompts, rewards, encoder) for side in ("model", "against")}
+    sides = {
+        side: answers(block, roles, role, prompts, rewards, encoder)
+        for side, role in (("model", TESTED), ("against", AGAINST))
+    }
     metrics = summary(sides, list(rewards.values()))
     if judge is not None:
         rows = [prompt.row for prompt in prompts]
@@ -81,21 +87,21 @@ def evaluate(context: Context) -> None:
 
     with context.tracker(1, 0) as tracker:
         tracker.log(1, metrics)
-    base = begin.base_record(parts["model"].base)
+    base = begin.base_record(parts[TESTED].base)
     context.publish(write, base=base, method="none", metrics=metrics, split=split, zero_stage=0)
 
 
 def answers(
     block: Evaluate,
     roles: Roles,
-    side: str,
+    role: str,
     prompts: list[encode.Prompt],
     rewards: dict[str, str],
     encoder: encode.Encoder,
 ) -> list[dict[str, Any]]:
-    """One record per prompt of what `side` replies, in prompt order on every rank; each rank answers its part."""
+    """One record per prompt of what `role` replies, in prompt order on every rank; each rank answers its part."""
     mine = list(range(dist.get_rank(), len(prompts), dist.get_world_size()))
-    model = plain(roles.trunks[roles.roles[side].trunk])
+    model = plain(roles.trunks[roles.roles[role].trunk])
     size, rows = block.micro_batch or 32, []
     with roles.evaluating():
         for start in range(0, len(mine), size):
@@ -105,7 +111,7 @@ def answers(
             asked = [prompts[i].ids for i in picked]
             rollout = roles(
                 "rollout",
-                side,
+                role,
                 asked,
                 noise,
                 block.sampling,
@@ -125,10 +131,10 @@ def describe(
     encoder: encode.Encoder,
     temperature: float,
 ) -> list[dict[str, Any]]:
-    """One record per reply: texts, scores of every reward model, KL of `model` to `against` over the reply, length."""
+    """One record per reply: texts, scores of every reward model, KL of the tested policy to the other, length."""
     asked = (rollout.tokens, rollout.prompt_lengths, rollout.lengths, rollout.logprobs.shape[1], temperature)
-    said, _ = roles("log_probs", "model", *asked)
-    other, _ = roles("log_probs", "against", *asked)
+    said, _ = roles("log_probs", TESTED, *asked)
+    other, _ = roles("log_probs", AGAINST, *asked)
     kl = (said - other).sum(1)
     lengths = rollout.prompt_lengths + rollout.lengths
     scores = {name: roles("scores", role, rollout.tokens, lengths) for role, name in rewards.items()}

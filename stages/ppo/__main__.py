@@ -17,6 +17,8 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline import checkpoint, engine, memory
+from pipeline.adapters.build import belongs
+from pipeline.config.methods import METHODS
 from pipeline.config.recipe import deepspeed_config
 from pipeline.config.schema import Base, Ppo
 from pipeline.data import encode
@@ -107,7 +109,8 @@ def prepare(context: Context, block: Ppo) -> Setup:
     zero = engine.zero_stage(config)
     sharding = HfDeepSpeedConfig(config) if zero == 3 else None  # while it lives, weights are sharded as they load
     described = parts(context)
-    roles = assemble(context, described, tok, sharded=sharding is not None)
+    updates = block.steps * block.epochs * block.minibatches
+    roles = assemble(context, described, tok, sharded=sharding is not None, steps=updates)
     _check_context(context, block, roles)
     if context.is_main:
         print(f"roles on one copy of their weights: {sharing(roles)}", flush=True)
@@ -124,8 +127,8 @@ def prepare(context: Context, block: Ppo) -> Setup:
     mixture, others = mixed_in(context, block, encoder, _holds(roles, "policy"))
     trunk = f"trunks.{roles.roles['policy'].trunk}."
     policy = {n: p for n, p in roles.named_parameters() if p.requires_grad and n.startswith(trunk)}
-    if block.adapter.method != "full":
-        policy = {n: p for n, p in policy.items() if ".policy." in n.removeprefix(trunk)}
+    if not block.adapter.is_full:
+        policy = {n: p for n, p in policy.items() if belongs(n.removeprefix(trunk), "policy")}
     loop = Loop(
         context,
         block,
@@ -159,7 +162,8 @@ def copies(context: Context, block: Ppo, roles: Roles) -> bool:
         room = memory.merged_copy_fits(context.recipe, context.stage, where.bytes, where.kind)
     except memory.Unknown:
         room = False  # a family of models that the plan does not count
-    needed = roles.sharded or roles.roles["policy"].adapter is not None
+    adapted = roles.roles["policy"].adapter is not None
+    needed = METHODS[block.adapter.method].additive if adapted else roles.sharded
     return needed and (block.sampling.adapter == "merged" or (block.sampling.adapter == "auto" and room))
 
 
@@ -188,11 +192,13 @@ def _check_context(context: Context, block: Ppo, roles: Roles) -> None:
     longest = block.sampling.max_prompt_length + block.sampling.max_response_length
     for name in roles.roles:
         limit = _holds(roles, name)
-        if limit is not None and longest > limit:
+        virtual = len(roles.virtual(name))
+        if limit is not None and longest + virtual > limit:
             raise UserError(
                 context.recipe.where("stages", context.stage, "sampling"),
-                f"max_prompt_length + max_response_length is {longest} tokens, and the {name}'s context holds {limit}",
-                expected=f"at most {limit}",
+                f"max_prompt_length + max_response_length is {longest} tokens, and the {name}'s context holds {limit}"
+                + (f", {virtual} of them virtual" if virtual else ""),
+                expected=f"at most {limit - virtual}",
                 fix="lower one of them",
             )
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import cast
 
-from peft import LoraConfig
-
 from pipeline.adapters import build
+from pipeline.config.methods import METHODS
 from pipeline.config.schema import Base, Ppo, reward_stages
 from pipeline.model import begin
 from pipeline.model.assemble import Part, scoring
@@ -25,19 +24,22 @@ def parts(context: Context) -> dict[str, Part]:
     """Policy, reference, the critic if the estimator has one, reward models (and `base`). A parent that cannot be continued
     is written out whole first."""
     block = cast(Ppo, context.block)
-    full = block.adapter.method == "full"
+    full = block.adapter.is_full
     below, continued = begin.base_below(context, context.parent("policy"), "causal")
     weights = build.read(continued.path)[0] if continued else None
     policy = Part(below, None if full else (None, weights), trained=True, own=full)
-    # Fresh LoRA is the identity: the policy as PPO starts is then the base with the adapter off.
-    copied = (LoraConfig.from_pretrained(str(continued.path)), weights) if continued else None
-    reference = Part(below, copied)
+    if continued:
+        reference = Part(below, (build.frozen(continued.path), weights))
+    elif METHODS[block.adapter.method].identity:
+        reference = Part(below)  # the policy as PPO starts is the base with the adapter off
+    else:
+        reference = Part(below, (None, None), like="policy")
     rewards = {role: scoring(context.batons[stage], block.base) for stage, role in reward_roles(block).items()}
     described = {"policy": policy, "reference": reference}
     if ESTIMATORS[block.advantage_estimator].critic:
         described["critic"] = _critic(context, policy, rewards)
     described |= rewards
-    if weights and any(value.any() for name, value in weights.items() if "lora_B" in name):
+    if weights and not build.is_identity(weights):
         # For the canary alone: the policy's base with its adapter, which is not the identity, off; on the same trunk.
         described["base"] = Part(below)
     return described
@@ -46,7 +48,7 @@ def parts(context: Context) -> dict[str, Part]:
 def _critic(context: Context, policy: Part, rewards: dict[str, Part]) -> Part:
     block = cast(Ppo, context.block)
     start, whole = block.critic.start, block.critic.kind == "model"
-    full = block.adapter.method == "full" or whole
+    full = block.adapter.is_full or whole
     if block.critic.kind == "head":
         return Part(policy.base, head={}, trained=True, reads="policy")
     if start == "base":

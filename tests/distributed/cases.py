@@ -232,7 +232,6 @@ def merged_like_adapter(recipe: str, run_dir: str) -> dict[str, float]:
         from peft import PeftModel
 
         from pipeline import engine
-        from pipeline.adapters import build
         from pipeline.model import begin, load
 
         engine.start(0)
@@ -242,7 +241,7 @@ def merged_like_adapter(recipe: str, run_dir: str) -> dict[str, float]:
         tokens = torch.tensor([text])
         below, adapter = begin.base_below(context, baton, "causal")
         assert adapter is None
-        assert not build.same_method(context.block.adapter, baton.path)
+        assert not context.block.adapter.continues(baton.adapter)
 
         def read(model: Any) -> torch.Tensor:
             with torch.no_grad():

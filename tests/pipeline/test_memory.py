@@ -12,7 +12,7 @@ from pipeline import memory
 from pipeline.config.recipe import load
 from pipeline.config.schema import Adapter
 from pipeline.errors import UserError
-from pipeline.memory import Need, fit, phases
+from pipeline.memory import Need, adapters, fit, phases
 
 pytestmark = pytest.mark.fast
 
@@ -102,8 +102,8 @@ def test_unknown_family_is_refused_with_the_known_ones() -> None:
 
 def test_lora_counts_only_the_layers_it_targets() -> None:
     shape = memory.shape(memory.read(QWEN, "test", CONFIGS), "test")
-    assert shape.lora(Adapter(r=16)) == QWEN_LORA == 8_798_208
-    assert shape.lora(Adapter(r=16, targets=["q_proj", "v_proj"])) == 24 * 16 * (1792 + 1024)
+    assert adapters.trained(Adapter(r=16), shape) == QWEN_LORA == 8_798_208
+    assert adapters.trained(Adapter(r=16, targets=["q_proj", "v_proj"]), shape) == 24 * 16 * (1792 + 1024)
 
 
 def test_qlora_stage_by_hand(tmp_path: Path) -> None:

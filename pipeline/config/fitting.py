@@ -1,0 +1,140 @@
+"""Whether a stage's fine-tuning method can do what the stage asks of it, from the records in `pipeline.config.methods`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.architectures import names
+from pipeline.config.methods import METHODS
+from pipeline.config.schema import Adapter, Ppo, Stage, reward_stages
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config.recipe import Recipe
+
+CONV1D = ("gpt2",)
+"""Families whose linear layers are transposed."""
+
+
+def check_method(recipe: Recipe, stage: str, deepspeed: dict[str, Any]) -> None:
+    """Raise UserError, naming a method that works, for a training stage whose method cannot do what it asks."""
+    block = recipe.stages[stage]
+    adapter, where = block.adapter, recipe.where("stages", stage, "adapter", "method")
+    method, config = METHODS[adapter.method], known_config(recipe.local(block.base.model))
+    fix = f"write `method: {method.instead}`"
+    if block.base.quantization and adapter.is_full:
+        raise UserError(
+            where,
+            "full fine-tuning of a 4-bit base",
+            expected="full-precision weights to train",
+            fix="write `method: lora` (QLoRA), or `quantization: null`",
+        )
+    if block.base.quantization and not method.four_bit:
+        raise UserError(where, f"{adapter.method} on a 4-bit base: {method.why}", fix=fix)
+    if deepspeed.get("zero_optimization", {}).get("stage", 0) == 3 and not method.zero3:
+        raise UserError(where, f"{adapter.method} under ZeRO-3: {method.why}", fix=f"{fix}, or use zero2")
+    if config.get("model_type") in CONV1D and not method.conv1d:
+        raise UserError(where, f"{adapter.method} on {config['model_type']}: {method.why}", fix=fix)
+    if isinstance(block, Ppo):
+        _check_ppo(where, block)
+    if config:
+        check_names(adapter, config["model_type"], recipe.where("stages", stage, "adapter", "modules"))
+    _check_prefix(recipe, stage, block, config)
+    _check_parents(recipe, stage, block)
+
+
+def _check_ppo(where: str, block: Ppo) -> None:
+    """Policy, reference and critic stand on one copy of the base; rollouts may want a merged one."""
+    name, method = block.adapter.method, METHODS[block.adapter.method]
+    if not method.shared:
+        raise UserError(
+            where, f"{name} in PPO, whose roles share one base: {method.why}", fix=f"write `method: {method.instead}`"
+        )
+    if block.sampling.adapter == "merged" and not (method.additive or block.adapter.is_full):
+        raise UserError(
+            where.replace("adapter.method", "sampling.adapter"),
+            f"rollouts by a merged copy, and {name} adds no matrix to the weights",
+            fix="write `adapter: auto`",
+        )
+
+
+def check_names(adapter: Adapter, family: str, where: str) -> None:
+    """Raise UserError when a method needs names of modules that nobody knows for this family of models."""
+    missing = [slot for slot in needed(adapter.method) if not names(family, adapter.modules)[slot]]
+    if missing:
+        raise UserError(
+            where,
+            f"{adapter.method} does not know what model_type {family!r} calls its modules",
+            expected=f"names for {', '.join(missing)}",
+            fix=f"write `modules: {{{missing[0]}: [NAME]}}` with the names that `print(model)` shows, or use lora",
+        )
+
+
+def needed(method: str) -> tuple[str, ...]:
+    """The slots of `Names` that a method uses."""
+    return {
+        "ia3": ("key_value", "feed_forward_output"),
+        "ln_tuning": ("norms",),
+        "adapter_houlsby": ("attention_output", "feed_forward_output"),
+        "adapter_pfeiffer": ("feed_forward_output",),
+        "adapter_parallel": ("feed_forward",),
+        "prefix_tuning": ("query",),
+        "p_tuning_v2": ("query",),
+        "mam": ("query", "feed_forward"),
+        "unipelt": ("query", "query_value", "feed_forward_output"),
+        "loreft": ("blocks",),
+        "direft": ("blocks",),
+    }.get(method, ())
+
+
+def _check_prefix(recipe: Recipe, stage: str, block: Stage, config: dict[str, Any]) -> None:
+    """A prefix computes attention by transformers' SDPA form, which knows no soft cap."""
+    if "query" not in needed(block.adapter.method):
+        return
+    if block.base.attn_implementation != "sdpa":
+        raise UserError(
+            recipe.where("stages", stage, "base", "attn_implementation"),
+            f"{block.adapter.method} with {block.base.attn_implementation}",
+            expected="sdpa, by which a prefix is attended to",
+            fix="write `attn_implementation: sdpa`",
+        )
+    if config.get("attn_logit_softcapping"):
+        raise UserError(
+            recipe.where("stages", stage, "adapter", "method"),
+            f"{block.adapter.method} on {config['model_type']}, whose attention has a soft cap that SDPA does not compute",
+            fix="write `method: adapter_parallel`",
+        )
+
+
+def _check_parents(recipe: Recipe, stage: str, block: Stage) -> None:
+    """A stage of another method builds on its parent's adapter merged into the base: it must be one that merges."""
+    starts = {key: getattr(block, key) for key in ("init", "policy") if hasattr(block, key)}
+    whole = False
+    if isinstance(block, Ppo) and block.critic.start == "reward":
+        starts["reward"] = reward_stages(*block.reward)[0]
+        whole = block.critic.kind == "model"
+    for key, name in starts.items():
+        if name not in recipe.stages:
+            continue
+        parent = recipe.stages[name].adapter
+        goes_on = block.adapter.continues(parent) and not (key == "reward" and whole)
+        if not (parent.is_full or goes_on or METHODS[parent.method].mergeable):
+            raise UserError(
+                recipe.where("stages", stage, key),
+                f"{block.adapter.method} on top of {name}, whose {parent.method} adapter cannot become part of the base: "
+                f"{METHODS[parent.method].why}",
+                expected=f"{parent.method} with the same keys here, or a parent that merges",
+                fix=f"write `adapter: {{method: {METHODS[parent.method].instead}}}` in stage {name}",
+            )
+
+
+def known_config(model: str) -> dict[str, Any]:
+    """config.json of a base that is a folder here; empty for one that is not, which the stage itself will check."""
+    file = Path(model) / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and found.get("model_type") else {}
