@@ -44,7 +44,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = policy(arguments, device)
     draw = torch.Generator().manual_seed(3)
-    batches = [torch.randint(shapes.FIRST, model.config.vocab_size, shape, generator=draw).to(device) for shape in SHAPES]
+    batches = [
+        torch.randint(shapes.FIRST, model.config.vocab_size, shape, generator=draw).to(device) for shape in SHAPES
+    ]
     backbone = model.get_base_model().base_model
     ways = {"as written": backbone, "compiled": torch.compile(backbone, dynamic=True)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def _reft(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
     blocks = [n for n, _ in model.named_modules() if n.rpartition(".")[2].isdigit()]
     lists = tuple(where["blocks"])
     found = [n for n in blocks if n.rpartition(".")[0].rpartition(".")[2] in lists]
-    return ReftConfig(kind=adapter.method, r=adapter.r, dropout=adapter.dropout, target_modules=found)
+    return ReftConfig(kind=adapter.method, r=adapter.r, target_modules=found)
 
 
 def _soft_prompt(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
@@ -149,7 +149,7 @@ def _hybrid(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
     prefixed = method in ("prefix_tuning", "p_tuning_v2", "mam", "unipelt")
 
     def placed(here: bool, *slots: tuple[str, ...]) -> list[str] | None:
-        found = sorted({name for slot in slots for name in slot})
+        found = list(dict.fromkeys(name for slot in slots for name in slot))
         return found if here and found else None
 
     return HybridConfig(
@@ -165,7 +165,7 @@ def _hybrid(adapter: Adapter, model: Any, where: Names) -> PeftConfig:
         init="houlsby" if method == "adapter_houlsby" else "zero",
         lora_r=given.get("r", 8),
         lora_alpha=given.get("alpha", 16.0),
-        num_virtual_tokens=given.get("num_virtual_tokens", 0),
+        num_virtual_tokens=adapter.num_virtual_tokens,
         encoder_hidden_size=given.get("encoder_hidden_size", 0),
         gating=method == "unipelt",
     )
@@ -202,7 +202,11 @@ def add(model: Any, config: PeftConfig, name: str) -> Any:
     """`model`, plain or with adapters already, with one more fresh adapter."""
     if not isinstance(model, PeftModel):
         return get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+    kept = {key: dict(getattr(model.base_model, key, {}).items()) for key in ("vera_A", "vera_B")}
     model.add_adapter(name, config, autocast_adapter_dtype=False)
+    for key, factors in kept.items():  # PEFT forgets those of the adapters before
+        for other, value in factors.items():
+            getattr(model.base_model, key)[other] = value
     return model
 
 
@@ -229,7 +233,7 @@ def trained(model: Any, adapter: str) -> list[nn.Parameter]:
     return [
         parameter
         for name, parameter in model.named_parameters()
-        if belongs(name, adapter) and not any(part in UNTRAINED for part in name.split("."))
+        if belongs(name, adapter) and not set(name.split(".")) & set(UNTRAINED)
     ]
 
 
@@ -260,6 +264,13 @@ def read_head(folder: Path) -> dict[str, torch.Tensor]:
     raise UserError(str(folder), "no score head in its weights", expected="a reward model with `score.weight`")
 
 
+def factors(model: PeftModel, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """What PEFT publishes of adapter `name` beside its parameters, by name: VeRA's random factors."""
+    for key, value in model.named_buffers(remove_duplicate=False):
+        if belongs(key, name) and ("vera_A" in key or "vera_B" in key):
+            yield key, value.detach().cpu()
+
+
 def state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """The weights of adapter `name` as a published file has them, before DeepSpeed shards anything."""
     return {key: value.detach().clone() for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
@@ -274,7 +285,13 @@ def put(model: PeftModel, name: str, weights: dict[str, torch.Tensor]) -> None:
         for saved, loaded in module.adapter_state_dict_load_map(name).items()
     }
     result = set_peft_model_state_dict(model, {**heads, **weights}, adapter_name=name)
-    missing = [k for k in result.missing_keys if belongs(k, name) and not any(part in k for part in UNTRAINED)]
+    # Buffers are derived (OFT's indices) or there once for all layers (VeRA's factors).
+    derived = {key for key, _ in model.named_buffers(remove_duplicate=False)}
+    missing = [
+        key
+        for key in result.missing_keys
+        if belongs(key, name) and key not in derived and not set(key.split(".")) & set(UNTRAINED)
+    ]
     if result.unexpected_keys or missing:
         raise UserError(
             f"adapter {name}",

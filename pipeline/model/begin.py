@@ -91,8 +91,7 @@ def writer(
     """
     peft = isinstance(model, PeftModel)
     state = gather_state((n, p) for n, p in model.named_parameters() if not peft or build.belongs(n, adapter))
-    if peft:  # VeRA's random factors
-        state |= {n: b.detach().cpu() for n, b in model.named_buffers() if build.belongs(n, adapter)}
+    state |= dict(build.factors(model, adapter)) if peft else {}
     state |= {name: weights.to(state[name].dtype) for name, weights in (instead or {}).items()}
 
     def write(folder: Path) -> None:

@@ -37,6 +37,12 @@ CASES = [
     for family in FAMILIES
     if method not in ("full", "qlora") and (METHODS[method].conv1d or family not in CONV1D)
 ]
+STILL: dict[str, dict[str, float]] = {
+    "opt": {"dropout": 0.0},
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+}
+"""What switches a family's dropout off, as Relay does."""
+
 PROMPTS = [[5, 9, 3], [7, 8, 60, 33, 2, 19], [40, 41, 42, 43, 44, 45, 46, 47]]
 SAMPLING = Sampling(max_response_length=5, batch=2, temperature=0.7)
 
@@ -63,7 +69,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     """`policy` with the method's adapter and `base` without, on one trunk."""
     method, family = request.param
     torch.manual_seed(1)
-    trunk = build.attach(tiny.build(family), adapter_of(method), "CAUSAL_LM", name="policy", steps=100)
+    trunk = build.attach(
+        tiny.build(family, **STILL.get(family, {})), adapter_of(method), "CAUSAL_LM", name="policy", steps=100
+    )
     with torch.no_grad():
         for parameter in build.trained(trunk, "policy"):
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -136,7 +144,11 @@ def test_the_adapter_counts_and_off_is_the_base(case: Case) -> None:
     tokens = rows(PROMPTS)
     with torch.no_grad():
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        plain = tiny.build(case.family).base_model(input_ids=tokens, position_ids=positions).last_hidden_state
+        plain = (
+            tiny.build(case.family, **STILL.get(case.family, {}))
+            .base_model(input_ids=tokens, position_ids=positions)
+            .last_hidden_state
+        )
     off, on = hidden(roles, "base", tokens), hidden(roles, "policy", tokens)
     if case.method != "pissa":  # which takes components out of the base
         torch.testing.assert_close(off, plain, atol=1e-5, rtol=1e-5)
@@ -147,11 +159,10 @@ def test_published_files_open_without_relays_roles(case: Case, tmp_path: Path) -
     """`PeftModel.from_pretrained` gives the same hidden states, and so does an adapter that a next stage would go on with."""
     roles = case.roles
     trunk, tokens = roles.trunks["policy"], rows(PROMPTS[1:2])
-    state = {
-        n: t.detach() for n, t in [*trunk.named_parameters(), *trunk.named_buffers()] if build.belongs(n, "policy")
-    }
+    state = {n: p.detach() for n, p in trunk.named_parameters() if build.belongs(n, "policy")}
+    state |= dict(build.factors(trunk, "policy"))
     build.write(trunk, "policy", state, tmp_path, "base")
-    opened = PeftModel.from_pretrained(tiny.build(case.family), str(tmp_path)).eval()
+    opened = PeftModel.from_pretrained(tiny.build(case.family, **STILL.get(case.family, {})), str(tmp_path)).eval()
     mask = torch.ones_like(tokens)
     with torch.no_grad():
         roles.use("policy")
@@ -161,7 +172,11 @@ def test_published_files_open_without_relays_roles(case: Case, tmp_path: Path) -
         if not METHODS[case.method].continued:
             return
         going_on = build.attach(
-            tiny.build(case.family), adapter_of(case.method), "CAUSAL_LM", name="next", steps=100
+            tiny.build(case.family, **STILL.get(case.family, {})),
+            adapter_of(case.method),
+            "CAUSAL_LM",
+            name="next",
+            steps=100,
         ).eval()
         build.put(going_on, "next", build.read(tmp_path)[0])
         found = going_on(input_ids=tokens, attention_mask=mask, use_cache=False).logits
