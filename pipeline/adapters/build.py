@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.adapters import adalora
 from pipeline.config.schema import Adapter
 from pipeline.errors import UserError
 
 HEADS = ("lm_head", "score", "embed_out")
 WEIGHTS = "adapter_model.safetensors"
+UNTRAINED = ("ranknum",)
+"""Parameters of adapters that only count."""
 
 
 def targets(model: Any, wanted: str | list[str]) -> list[str]:
@@ -43,8 +46,11 @@ def targets(model: Any, wanted: str | list[str]) -> list[str]:
     return sorted(wanted)
 
 
-def lora_config(adapter: Adapter, model: Any, task: str) -> LoraConfig:
-    """LoRA for `model`; `task` is CAUSAL_LM or SEQ_CLS, and the latter keeps the score head with the adapter."""
+def config(adapter: Adapter, model: Any, task: str, steps: int | None = None) -> PeftConfig:
+    """A fresh adapter for `model`; `task` is CAUSAL_LM or SEQ_CLS, and the latter keeps the score head with the adapter.
+    `steps` are the optimizer steps it will train for, which AdaLoRA's schedule needs."""
+    if adapter.method == "adalora":
+        return adalora.config(adapter, steps or 0, targets(model, adapter.targets), task)
     return LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
@@ -55,12 +61,12 @@ def lora_config(adapter: Adapter, model: Any, task: str) -> LoraConfig:
     )
 
 
-def attach(model: Any, adapter: Adapter, task: str, name: str = "default") -> Any:
+def attach(model: Any, adapter: Adapter, task: str, name: str = "default", steps: int | None = None) -> Any:
     """`model` with a fresh adapter `name`, in the base's dtype: DeepSpeed holds float32 master weights of what trains."""
-    return get_peft_model(model, lora_config(adapter, model, task), adapter_name=name, autocast_adapter_dtype=False)
+    return get_peft_model(model, config(adapter, model, task, steps), adapter_name=name, autocast_adapter_dtype=False)
 
 
-def add(model: Any, config: LoraConfig, name: str) -> Any:
+def add(model: Any, config: PeftConfig, name: str) -> Any:
     """`model`, plain or with adapters already, with one more fresh adapter."""
     if not isinstance(model, PeftModel):
         return get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
@@ -81,6 +87,20 @@ def same_method(adapter: Adapter, folder: Path) -> bool:
         and not found.get("use_rslora")
         and sorted(found["target_modules"]) == wanted
     )
+
+
+def belongs(parameter: str, adapter: str) -> bool:
+    """Whether a parameter of a PEFT model, by its full name, is one of `adapter`."""
+    return adapter in parameter.split(".")
+
+
+def trained(model: Any, adapter: str) -> list[torch.nn.Parameter]:
+    """The parameters that training `adapter` changes."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if belongs(name, adapter) and not any(part in UNTRAINED for part in name.split("."))
+    ]
 
 
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -113,7 +133,7 @@ def put(model: PeftModel, name: str, weights: dict[str, torch.Tensor]) -> None:
         for saved, loaded in module.adapter_state_dict_load_map(name).items()
     }
     result = set_peft_model_state_dict(model, {**heads, **weights}, adapter_name=name)
-    missing = [k for k in result.missing_keys if f".{name}." in k and "lora_" in k]
+    missing = [k for k in result.missing_keys if belongs(k, name) and "lora_" in k]
     if result.unexpected_keys or missing:
         raise UserError(
             f"adapter {name}",

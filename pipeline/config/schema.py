@@ -39,13 +39,22 @@ class Base(Block):
 
 
 class Adapter(Block):
-    """What is trained: `full` (every weight) or `lora` (Hu et al. 2021, arXiv 2106.09685; QLoRA when the base is nf4)."""
+    """What is trained: `full` (every weight), `lora` (Hu et al. 2021, arXiv 2106.09685; QLoRA on nf4) or `adalora`."""
 
-    method: Literal["full", "lora"] = "lora"
+    method: Literal["full", "lora", "adalora"] = "lora"
     r: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     targets: Literal["all-linear"] | list[str] = "all-linear"
+    lr_ratio: Annotated[float, Field(gt=0)] | None = None
+    init_r: Positive = 12
+    target_r: Positive = 8
+    tinit: NonNegative = 0.1
+    tfinal: NonNegative = 0.2
+    deltaT: Positive = 1  # noqa: N815 - PEFT's name
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    orth_reg_weight: NonNegative = 0.5
 
 
 class DeepSpeed(Block):

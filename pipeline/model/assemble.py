@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import PeftConfig
 from torch import nn
 
 from pipeline import handoff
@@ -31,7 +31,7 @@ class Part:
     """
 
     base: Base
-    adapter: tuple[LoraConfig | None, Weights | None] | None = None
+    adapter: tuple[PeftConfig | None, Weights | None] | None = None
     head: Weights | None = None
     trained: bool = False
     own: bool = False
@@ -66,11 +66,11 @@ def _recorded(baton: Baton, base: Base) -> Base:
     return base.model_copy(update={"model": baton.base, "revision": revision})
 
 
-def _config(baton: Baton) -> LoraConfig:
-    return LoraConfig.from_pretrained(str(baton.path))
+def _config(baton: Baton) -> PeftConfig:
+    return PeftConfig.from_pretrained(str(baton.path))
 
 
-def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: bool) -> Roles:
+def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: bool, steps: int | None = None) -> Roles:
     """Load each distinct base once and attach the roles' adapters and heads.
 
     Roles share a trunk when their bases' content hashes and quantisation are equal; a trunk with a role that speaks is a
@@ -89,7 +89,7 @@ def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: boo
             speaks = any(parts[other].head is None for other in sharers)
             trunks[trunk] = (load.causal if speaks else load.classifier)(part.base, tok, sharded=sharded)
         if part.adapter is not None:
-            trunks[trunk] = _add_adapter(trunks[trunk], name, context, *part.adapter)
+            trunks[trunk] = _add_adapter(trunks[trunk], name, context, *part.adapter, steps)
         if part.head is not None:
             heads[name] = _head(trunks[trunk], part)
         roles[name] = Role(trunk, name if part.adapter is not None else None, part.trained)
@@ -109,10 +109,14 @@ def plain(trunk: Any) -> Any:
     return trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
 
 
-def _add_adapter(trunk: Any, name: str, context: Context, config: LoraConfig | None, weights: Weights | None) -> Any:
-    config = config or build.lora_config(context.block.adapter, plain(trunk), "CAUSAL_LM")
+def _add_adapter(
+    trunk: Any, name: str, context: Context, config: PeftConfig | None, weights: Weights | None, steps: int | None
+) -> Any:
+    config = config or build.config(context.block.adapter, plain(trunk), "CAUSAL_LM", steps)
     speaks = hasattr(plain(trunk), "prepare_inputs_for_generation")  # PEFT refuses CAUSAL_LM on a classifier
-    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM" if speaks else None, None, False
+    config.task_type, config.modules_to_save = "CAUSAL_LM" if speaks else None, None
+    # PEFT allows one AdaLoRA adapter that trains on a model; which of a trunk's adapters do is for Roles to say.
+    config.inference_mode = config.peft_type == "ADALORA" and hasattr(trunk, "peft_config")
     config.lora_dropout = 0.0  # PPO's ratio must be 1 before the first update
     trunk = build.add(trunk, config, name)
     if weights is not None:

@@ -49,15 +49,17 @@ def base_below(context: Context, baton: Baton | None, kind: Kind, *, whole: bool
     return block.base.model_copy(update={"model": str(target), "revision": None}), None
 
 
-def model(context: Context, baton: Baton | None, tok: Any, kind: Kind, *, sharded: bool) -> tuple[Any, dict[str, Any]]:
-    """The model a stage trains, adapter attached, and the manifest's record of its base."""
+def model(
+    context: Context, baton: Baton | None, tok: Any, kind: Kind, *, sharded: bool, steps: int
+) -> tuple[Any, dict[str, Any]]:
+    """The model a stage trains for `steps` optimizer steps, adapter attached, and the manifest's record of its base."""
     block = context.block
     below, adapter = base_below(context, baton, kind)
     base = (load.causal if kind == "causal" else load.classifier)(below, tok, sharded=sharded)
     record = base_record(below)
     if block.adapter.method == "full":
         return base, record
-    peft = build.attach(base, block.adapter, TASKS[kind])
+    peft = build.attach(base, block.adapter, TASKS[kind], steps=steps)
     if adapter is not None:
         weights, head = build.read(adapter.path)
         build.put(peft, "default", weights)
@@ -88,7 +90,7 @@ def writer(
     `instead` holds weights, by the model's own names, to write in place of the model's.
     """
     peft = isinstance(model, PeftModel)
-    state = gather_state((n, p) for n, p in model.named_parameters() if not peft or f".{adapter}." in n)
+    state = gather_state((n, p) for n, p in model.named_parameters() if not peft or build.belongs(n, adapter))
     state |= {name: weights.to(state[name].dtype) for name, weights in (instead or {}).items()}
 
     def write(folder: Path) -> None:

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.adapters import build
 from pipeline.config.schema import Sampling
 from pipeline.generation import engines
 from pipeline.generation.rollout import Rollout
@@ -71,11 +74,16 @@ class Roles(nn.Module):
         head = list(self.heads[role].parameters()) if role in self.heads else []
         return [*self._trunk_parameters(self.roles[role]), *head]
 
+    def named_trainable(self, role: str) -> list[tuple[str, nn.Parameter]]:
+        """`trainable` with full names."""
+        wanted = {id(parameter) for parameter in self.trainable(role)}
+        return [(name, parameter) for name, parameter in self.named_parameters() if id(parameter) in wanted]
+
     def _trunk_parameters(self, role: Role) -> list[nn.Parameter]:
         if role.reads is not None:
             return []
-        named = self.trunks[role.trunk].named_parameters()
-        return [p for n, p in named if role.adapter is None or f".{role.adapter}." in n]
+        trunk = self.trunks[role.trunk]
+        return list(trunk.parameters()) if role.adapter is None else build.trained(trunk, role.adapter)
 
     def use(self, role: str) -> None:
         """Make the role's adapter the active one in its trunk, without touching what requires gradients."""
@@ -157,8 +165,9 @@ class Roles(nn.Module):
         for trunk in dict.fromkeys(self.roles[role].trunk for role in roles):
             sharers = [role for role in roles if self.roles[role].trunk == trunk]
             adapters = list(dict.fromkeys(self.roles[role].adapter for role in sharers))
-            if len(adapters) == 1:
-                states = {adapters[0]: self._hidden(sharers[0], tokens)}
+            if len(adapters) == 1 or not all(map(_mixes, self._tuners[trunk])):
+                speaker = {self.roles[role].adapter: role for role in reversed(sharers)}
+                states = {adapter: self._hidden(speaker[adapter], tokens) for adapter in adapters}
             else:
                 with self._side_by_side(trunk, adapters, len(tokens)):
                     together = self._forward(sharers[0], tokens.repeat(len(adapters), 1))
@@ -337,6 +346,12 @@ class Roles(nn.Module):
             return checkpoint(under_same_adapter, *args, use_reentrant=reentrant)
 
         return run
+
+
+def _mixes(layer: BaseTunerLayer) -> bool:
+    """Whether a layer's adapters are plain LoRA, which a mixed batch can apply row by row."""
+    plain = isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer)
+    return plain and not any(layer.use_dora.values())
 
 
 def _positions(tokens: Tensor) -> Tensor:
