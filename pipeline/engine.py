@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
-from pipeline import checkpoint
+from pipeline import checkpoint, gradients
 from pipeline.config.schema import Dtype, Schedule
 from pipeline.errors import Trouble
 
@@ -164,11 +165,7 @@ def masters(engine: Any, named: dict[str, torch.nn.Parameter]) -> Iterator[tuple
 
     Collective; every rank gets every tensor, one at a time.
     """
-    optimizer = engine.optimizer
-    beside: dict[int, torch.Tensor] = {}  # 16 bits without ZeRO: whole masters in the same order as the parameters
-    if hasattr(optimizer, "fp32_groups"):
-        for light, heavy in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            beside |= {id(low): high for low, high in zip(light, heavy, strict=True)}
+    beside = gradients.masters_beside(engine.optimizer)
     for name, parameter in named.items():
         if id(parameter) in beside:
             yield name, beside[id(parameter)].detach()
@@ -199,11 +196,12 @@ def warmup_steps(schedule: Schedule, total: int) -> int:
 
 
 class RoleClipping:
-    """Clips each parameter group by its own norm, right before the optimizer's step.
+    """Clips the gradient of each role by its own norm, right before the optimizer's step. A role is a parameter group, or
+    those with one `role`.
 
     DeepSpeed clips by one norm over all groups, so that a large critic gradient would shrink the actor's update. Every
     ZeRO stage hands the wrapped optimizer the float32 gradients of this rank's partition just before its step; there the
-    norm of a group is the root of the partitions' summed squares. `norms` keeps the last norm of each group by name, and
+    norm of a group is the root of the partitions' summed squares. `norms` keeps the last norm of each role by name, and
     `steps` counts the optimizer's steps. Raises Trouble, on every rank and before any weight moves, for a norm that is not
     finite.
     """
@@ -212,7 +210,29 @@ class RoleClipping:
         self.partitioned = partitioned
         self.norms: dict[str, float] = {}
         self.steps = 0
+        roles = Counter(role_of(group) for group in optimizer.param_groups)
+        self._scattered = {
+            role: [p for group in optimizer.param_groups if role_of(group) == role for p in group["params"]]
+            for role, groups in roles.items()
+            if groups > 1
+        }
         optimizer.register_step_pre_hook(self._clip)
+
+    def measure(self, engine: Any) -> None:
+        """Take the norms of roles that have several groups; after the last backward pass before a step of `engine`.
+
+        ZeRO steps one group at a time, and shows the optimizer no gradients but that one's.
+        """
+        for role, parameters in self._scattered.items():
+            square = gradients.square(parameters, engine.device)
+            self.norms[role] = float(self._over_ranks(square).sqrt()) / gradients.loss_scale(engine)
+
+    def _over_ranks(self, square: torch.Tensor) -> torch.Tensor:
+        if not (self.partitioned and dist.is_initialized()):
+            return square
+        communicated = square.to(get_accelerator().current_device_name())
+        dist.all_reduce(communicated)
+        return communicated.to(square.device)
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.steps += 1
@@ -220,22 +240,24 @@ class RoleClipping:
             grads = [p.grad for p in group["params"] if p.grad is not None]
             if not group["params"]:
                 continue
-            device = group["params"][0].device
-            square = (
-                torch.stack([g.float().pow(2).sum() for g in grads]).sum() if grads else torch.zeros((), device=device)
-            )
-            if self.partitioned and dist.is_initialized():
-                communicated = square.to(get_accelerator().current_device_name())
-                dist.all_reduce(communicated)
-                square = communicated.to(device)
-            norm = square.sqrt()
-            self.norms[group["name"]] = float(norm)
-            if not math.isfinite(float(norm)):
-                raise Trouble(f"the gradient of the {group['name']} is not finite")
+            role = role_of(group)
+            if role not in self._scattered:
+                device = group["params"][0].device
+                squares = [g.float().pow(2).sum() for g in grads]
+                square = torch.stack(squares).sum() if grads else torch.zeros((), device=device)
+                self.norms[role] = float(self._over_ranks(square).sqrt())
+            norm = self.norms[role]
+            if not math.isfinite(norm):
+                raise Trouble(f"the gradient of the {role} is not finite")
             if group["max_grad_norm"] > 0:
-                factor = torch.clamp(group["max_grad_norm"] / (norm + 1e-6), max=1.0)
+                factor = min(1.0, group["max_grad_norm"] / (norm + 1e-6))
                 for grad in grads:
-                    grad.mul_(factor.to(grad.dtype))
+                    grad.mul_(factor)
+
+
+def role_of(group: dict[str, Any]) -> str:
+    """The role whose parameters an optimizer's group holds."""
+    return str(group.get("role", group["name"]))
 
 
 def initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:

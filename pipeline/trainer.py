@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from pipeline import checkpoint, engine
+from pipeline.adapters.adalora import Allocation
 from pipeline.config.recipe import deepspeed_config
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Supervised
@@ -95,22 +97,31 @@ def arguments(context: Context, block: Supervised, steps: int) -> dict[str, Any]
     }
 
 
-def callbacks(context: Context, block: Supervised, tracker: Tracker) -> list[TrainerCallback]:
+def callbacks(
+    context: Context, block: Supervised, tracker: Tracker, allocation: Allocation | None = None
+) -> list[TrainerCallback]:
     early = [EarlyStoppingCallback(block.early_stopping)] if block.early_stopping else []
-    return [Bridge(context, block.keep_checkpoints, tracker), *early]
+    return [Bridge(context, block.keep_checkpoints, tracker, allocation), *early]
 
 
 def train(context: Context, trainer: Any, resume: Path | None) -> None:
     """Train to the end, from a checkpoint if there is one. Raises Stopped when asked to stop."""
     trainer.remove_callback(PrinterCallback)
+    bridge = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Bridge))
+    bridge.engine = lambda: trainer.model_wrapped
+    if bridge.allocation is not None and resume:
+        bridge.allocation.load(resume)
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except Finished:
         if trainer.args.load_best_model_at_end:
             trainer._load_best_model()
-    bridge = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Bridge))
     if bridge.stopped:
         raise Stopped
+    if bridge.allocation is not None:
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            bridge.allocation.load(Path(trainer.state.best_model_checkpoint))
+        bridge.allocation.publish()
 
 
 class Finished(Exception):
@@ -118,10 +129,14 @@ class Finished(Exception):
 
 
 class Bridge(TrainerCallback):
-    """Logs to the tracker, completes and rotates checkpoints, and turns a stop request into save-and-stop."""
+    """Logs to the tracker, completes and rotates checkpoints, and turns a stop request into save-and-stop. With an
+    `allocation`, that acts at every step and is in every checkpoint."""
 
-    def __init__(self, context: Context, keep: int, tracker: Tracker) -> None:
+    engine: Callable[[], Any]  # the DeepSpeed engine, once there is one
+
+    def __init__(self, context: Context, keep: int, tracker: Tracker, allocation: Allocation | None) -> None:
         self.context, self.keep, self.tracker, self.stopped = context, keep, tracker, False
+        self.allocation = allocation
         self._tokens = (0.0, time.monotonic())
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -129,6 +144,8 @@ class Bridge(TrainerCallback):
         last = self.context.checkpoints / f"checkpoint-{state.global_step}"
         if state.global_step and checkpoint.facts(last).get("finished"):
             raise Finished
+        if self.allocation is not None:
+            self.allocation.follow(self.engine(), lambda: state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.context.stop_requested() and state.global_step < state.max_steps:
@@ -146,6 +163,8 @@ class Bridge(TrainerCallback):
             if metrics["num_tokens"] > seen:
                 metrics["tokens_per_second"] = (metrics["num_tokens"] - seen) / max(time.monotonic() - now, 1e-9)
             self._tokens = (metrics["num_tokens"], time.monotonic())
+        if "loss" in metrics and self.allocation is not None:
+            metrics |= self.allocation.metrics()
         if metrics:
             self.tracker.log(state.global_step, metrics)
 
@@ -155,6 +174,8 @@ class Bridge(TrainerCallback):
             best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
             finished = bool(control.should_training_stop and not self.stopped)
             folder = self.context.checkpoints / f"checkpoint-{state.global_step}"
+            if self.allocation is not None:
+                self.allocation.save(folder)
             checkpoint.complete(folder, {"step": state.global_step, "finished": finished})
             checkpoint.rotate(self.context.checkpoints, self.keep, best)
         dist.barrier()

@@ -17,6 +17,7 @@ from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from pipeline import checkpoint, engine, trainer
+from pipeline.adapters import adalora, lora_plus
 from pipeline.config.schema import Reward
 from pipeline.data import encode
 from pipeline.data.split import load
@@ -41,6 +42,7 @@ def reward(context: Context) -> None:
     )
     zero = engine.zero_stage(arguments.deepspeed)
     model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3, steps=steps)
+    allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
 
@@ -51,7 +53,8 @@ def reward(context: Context) -> None:
             train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(held_out[: block.eval_rows]) if held_out else None,
             processing_class=tok,
-            callbacks=trainer.callbacks(context, block, tracker),
+            callbacks=trainer.callbacks(context, block, tracker, allocation),
+            **lora_plus.for_trainer(model, block.adapter, block),
         )
         trainer.train(context, training, resume)
         metrics = held_out_metrics(training.model, held_out, tok.pad_token_id, arguments.per_device_eval_batch_size)

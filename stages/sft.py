@@ -15,6 +15,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from pipeline import checkpoint, engine, trainer
+from pipeline.adapters import adalora, lora_plus
 from pipeline.config.schema import Sft
 from pipeline.data import encode
 from pipeline.data.split import load
@@ -37,6 +38,7 @@ def sft(context: Context) -> None:
     arguments = SFTConfig(max_length=None, **trainer.arguments(context, block, steps))
     zero = engine.zero_stage(arguments.deepspeed)
     model, base = begin.model(context, parent, tok, "causal", sharded=zero == 3, steps=steps)
+    allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
 
@@ -47,7 +49,8 @@ def sft(context: Context) -> None:
             train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(held_out) if held_out else None,
             processing_class=tok,
-            callbacks=trainer.callbacks(context, block, tracker),
+            callbacks=trainer.callbacks(context, block, tracker, allocation),
+            **lora_plus.for_trainer(model, block.adapter, block),
         )
         trainer.train(context, training, resume)
         metrics = {}

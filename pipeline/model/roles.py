@@ -76,6 +76,11 @@ class Roles(nn.Module):
         head = list(self.heads[role].parameters()) if role in self.heads else []
         return [*self._trunk_parameters(self.roles[role]), *head]
 
+    def named_trainable(self, role: str) -> list[tuple[str, nn.Parameter]]:
+        """`trainable` with full names."""
+        wanted = {id(parameter) for parameter in self.trainable(role)}
+        return [(name, parameter) for name, parameter in self.named_parameters() if id(parameter) in wanted]
+
     def _trunk_parameters(self, role: Role) -> list[nn.Parameter]:
         if role.reads is not None:
             return []

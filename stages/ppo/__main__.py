@@ -17,6 +17,8 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline import checkpoint, engine, memory
+from pipeline.adapters import lora_plus
+from pipeline.adapters.adalora import Allocation
 from pipeline.adapters.build import belongs
 from pipeline.config.methods import METHODS
 from pipeline.config.recipe import deepspeed_config
@@ -76,6 +78,9 @@ def ppo(context: Context) -> None:
 
     base = begin.base_record(setup.base)
     averaged = loop.ema.average if loop.ema and block.publish == "ema" else {}
+    # An average holds a little of every singular value that was ever there.
+    if "policy" in loop.update.allocations and block.publish != "ema":
+        loop.update.allocations["policy"].publish()
     write = begin.writer(loop.engine.module.trunks["policy"], setup.tok, base, "policy", instead=averaged)
     context.publish(
         write,
@@ -119,6 +124,7 @@ def prepare(context: Context, block: Ppo) -> Setup:
         roles.sample_whole("policy")
     if block.gradient_checkpointing:
         roles.checkpoint_activations()
+    allocations = allocations_of(roles, block)
     engine.fit_buckets(config, roles)
     optimizer = optimizer_for(roles, block)
     clipping = engine.RoleClipping(optimizer, partitioned=zero > 0)
@@ -133,7 +139,7 @@ def prepare(context: Context, block: Ppo) -> Setup:
         context,
         block,
         started,
-        Updater(block, started, clipping, mixture),
+        Updater(block, started, clipping, mixture, allocations),
         Rewards.of(block.reward, models, encoder, where),
         Rewards.of(block.gold, models, encoder, where) if block.gold else None,
         encoder,
@@ -234,30 +240,39 @@ def configuration(context: Context, block: Ppo) -> dict[str, Any]:
     )
 
 
+def allocations_of(roles: Roles, block: Ppo) -> dict[str, Allocation]:
+    """AdaLoRA's rank allocation for each role that trains such an adapter."""
+    waits = {"policy": block.freezing_actor_steps * block.epochs * block.minibatches}
+    return {
+        name: Allocation(roles.trunks[role.trunk], name, waits.get(name, 0))
+        for name, role in roles.roles.items()
+        if block.adapter.method == "adalora" and role.trained and role.adapter == name
+    }
+
+
 def optimizer_for(roles: Roles, block: Ppo) -> torch.optim.Optimizer:
-    """One optimizer with a group per trained role, each with its own learning rate, decay and clipping norm."""
+    """One optimizer with a group per trained role, each with its own learning rate, decay and clipping norm; two groups
+    where the second factors of LoRA learn at another rate."""
     critic = block.critic
-    groups: list[dict[str, Any]] = [
-        {
-            "name": "policy",
-            "params": roles.trainable("policy"),
+    settings: dict[str, dict[str, Any]] = {
+        "policy": {
             "peak_lr": block.lr,
             "weight_decay": block.weight_decay,
             "max_grad_norm": block.max_grad_norm,
         },
-    ]
+    }
     if "critic" in roles.roles:
-        groups.append(
-            {
-                "name": "critic",
-                "params": roles.trainable("critic"),
-                "peak_lr": critic.lr or block.lr,
-                "weight_decay": block.weight_decay if critic.weight_decay is None else critic.weight_decay,
-                "max_grad_norm": block.max_grad_norm if critic.max_grad_norm is None else critic.max_grad_norm,
-            }
-        )
-    for group in groups:
-        group["lr"] = group["peak_lr"]
+        settings["critic"] = {
+            "peak_lr": critic.lr or block.lr,
+            "weight_decay": block.weight_decay if critic.weight_decay is None else critic.weight_decay,
+            "max_grad_norm": block.max_grad_norm if critic.max_grad_norm is None else critic.max_grad_norm,
+        }
+    groups = []
+    for role, own in settings.items():
+        parts = lora_plus.groups(roles.named_trainable(role), block.adapter.lr_ratio)
+        for suffix, (factor, params) in zip(("", "_B"), parts, strict=False):
+            rate = own["peak_lr"] * factor
+            groups.append({**own, "name": role + suffix, "role": role, "params": params, "peak_lr": rate, "lr": rate})
     if block.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=block.lr)
     return torch.optim.AdamW(groups, lr=block.lr, betas=block.betas, eps=1e-8)

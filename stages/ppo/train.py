@@ -306,7 +306,7 @@ class Loop:
             "running_scores": self.running.state() if self.running else None,
             "signals": self.watch.state(),
         }
-        engine.save(self.engine, self.context.checkpoints, self.step, state, self.ema.save if self.ema else None)
+        engine.save(self.engine, self.context.checkpoints, self.step, state, self._write)
         if self.context.is_main:
             kept = [self.best_step] if self.block.publish == "best" else []
             if (since := self.watch.suspect_since()) is not None:
@@ -315,11 +315,16 @@ class Loop:
             checkpoint.rotate(self.context.checkpoints, self.block.keep_checkpoints, *folders)
         dist.barrier()
 
+    def _write(self, folder: Path) -> None:
+        """What a checkpoint holds beside the engine and its state: files of rank 0."""
+        for part in (*self.update.allocations.values(), *([self.ema] if self.ema else [])):
+            part.save(folder)
+
     def resume(self, folder: Path) -> None:
         state = engine.resume(self.engine, folder)
         self.step, self.skipped, self.kl.coef = state["step"], state["skipped"], state["kl_coef"]
         self.best, self.best_step, self.stale = state["best"], state["best_step"], state["stale"]
         self.running = RunningScores(**state["running_scores"]) if state["running_scores"] else None
         self.watch.load(state["signals"])
-        if self.ema is not None:
-            self.ema.load(folder)
+        for part in (*self.update.allocations.values(), *([self.ema] if self.ema else [])):
+            part.load(folder)

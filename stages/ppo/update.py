@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import engine
+from pipeline.adapters.adalora import Allocation
 from pipeline.config.schema import Ppo, Schedule
 from pipeline.errors import Trouble
 from stages.ppo.advantage import ESTIMATORS
@@ -37,12 +38,14 @@ def _sums(rows: Experience, columns: dict[str, Tensor]) -> Tensor:
 
 @dataclass
 class Updater:
-    """Learns from one rollout batch at a time. `ptx` is the supervised data that is mixed in, or None."""
+    """Learns from one rollout batch at a time. `ptx` is the supervised data that is mixed in, or None; `allocations` are those
+    of AdaLoRA's ranks, by role."""
 
     block: Ppo
     engine: Any
     clipping: engine.RoleClipping
     ptx: Mixture | None
+    allocations: dict[str, Allocation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         block, estimator = self.block, ESTIMATORS[self.block.advantage_estimator]
@@ -95,13 +98,13 @@ class Updater:
         parts = dealt(lengths, self.rank, self.world, self.budget)
         for place, index in enumerate(parts, start=1):
             for turn, (loss, found) in enumerate(self.losses(batch.rows(chosen[index]), tokens, kl_coef), start=1):
-                self._backward(loss, last=place == len(parts) + len(mixed) and turn == self.turns)
+                self._backward(loss, number, last=place == len(parts) + len(mixed) and turn == self.turns)
                 sums += found
         # Backward passes of their own: ZeRO-3 with recomputed activations keeps one gradient of a weight for each.
         for place, rows in enumerate(mixed, start=1):
             assert self.ptx is not None
             supervised = self.ptx.loss(self.engine, rows)
-            self._backward(self.ptx.coef(step) * supervised / targets, last=place == len(mixed))
+            self._backward(self.ptx.coef(step) * supervised / targets, number, last=place == len(mixed))
             sums[-2] += float(supervised.detach())
         sums[-1] = targets / self.world
         # In fp16 a step that is left out lowers the loss scale; in other dtypes nothing would mend.
@@ -109,11 +112,18 @@ class Updater:
             raise Trouble("a gradient is not finite")
         return sums
 
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of a micro-batch; step the optimizer after the minibatch's last."""
+    def _backward(self, loss: Tensor, number: int, *, last: bool) -> None:
+        """Add the gradients of a micro-batch of minibatch `number`; step the optimizer after its last."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
+        if last:
+            for allocation in self.allocations.values():
+                allocation.before_step(self.engine, number)
+            self.clipping.measure(self.engine)
         self.engine.step()
+        if last:
+            for allocation in self.allocations.values():
+                allocation.after_step(self.engine, number)
 
     def losses(self, rows: Experience, tokens: float, kl_coef: float) -> Iterator[tuple[Tensor, Tensor]]:
         """(this micro-batch's share of the minibatch's mean loss, its sums), once, or the policy's and then the critic's; the
@@ -177,6 +187,7 @@ class Updater:
             "perf/padding_share": 1.0 - filled / cells,
             **{f"lr/{g['name']}": float(g["lr"]) for g in self.engine.optimizer.param_groups},
             **{f"grad_norm/{name}": norm for name, norm in self.clipping.norms.items()},
+            **{f"{k}/{role}": v for role, ranks in self.allocations.items() for k, v in ranks.metrics().items()},
         }
 
     def _set_learning_rates(self, update: int) -> None:
@@ -184,7 +195,8 @@ class Updater:
         block = self.block
         per_step = block.epochs * block.minibatches
         for group in self.engine.optimizer.param_groups:
-            waits = block.freezing_actor_steps * per_step if group["name"] == "policy" else 0
-            schedule, total = self.schedules[group["name"]], block.steps * per_step - waits
+            role = engine.role_of(group)
+            waits = block.freezing_actor_steps * per_step if role == "policy" else 0
+            schedule, total = self.schedules[role], block.steps * per_step - waits
             factor = engine.learning_rate_factor(schedule, update - waits, total) if update >= waits else 0.0
             group["lr"] = group["peak_lr"] * factor

@@ -1,0 +1,121 @@
+"""Gradients between the backward pass and the optimizer's step, and float32 masters after it, wherever a ZeRO stage keeps
+them.
+
+DeepSpeed's own `safe_set_full_*` fail under ZeRO-3 for a parameter whose size is no multiple of the ranks; these do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_grad,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+)
+from torch import Tensor, nn
+
+
+def loss_scale(engine: Any) -> float:
+    """What gradients are multiplied by until the optimizer's step: 1 except in fp16."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
+def whole(parameter: nn.Parameter) -> Tensor:
+    """The gradient, averaged over ranks: a float32 copy on every rank. Collective."""
+    found = safe_get_full_grad(parameter)
+    if found is None:  # no backward pass reached it
+        return torch.zeros(shape(parameter), device=parameter.device)
+    return found.detach().to(torch.float32, copy=True).reshape(shape(parameter))
+
+
+def add(parameter: nn.Parameter, extra: Tensor) -> None:
+    """Add `extra`, the same on every rank and of the parameter's shape, to the gradient."""
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if hasattr(parameter, "ds_id"):
+        own = safe_get_local_grad(parameter)
+        safe_set_local_grad(parameter, own + _own_part(parameter, extra).to(own))
+    elif (
+        getattr(parameter, "_hp_grad", None) is not None
+    ):  # bf16 weights, float32 accumulation, ZeRO-1: all on each rank
+        parameter._hp_grad.add_(extra.reshape(parameter._hp_grad.shape))  # type: ignore[attr-defined]
+    elif mapping is not None:
+        own, address = mapping.get_lp_grad_fragment(parameter._index_in_param_group), mapping.lp_fragment_address  # type: ignore[attr-defined]
+        own.add_(extra.flatten().narrow(0, address.start, address.numel).reshape(own.shape).to(own))
+        if mapping.use_offload:  # its norm was taken as it was copied
+            optimizer = parameter._zero_optimizer  # type: ignore[attr-defined]
+            optimizer.norm_for_param_grads[optimizer.get_param_id(parameter)] = own.double().norm()
+    elif not hasattr(parameter, "_hp_mapping"):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.add_(extra)
+
+
+def square(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """Sum of squares of the gradients' parts that are this rank's: float32, a scalar on `device`."""
+    total = torch.zeros((), device=device)
+    for parameter in parameters:
+        own = _own_gradient(parameter)
+        if own is not None:
+            total = total + own.float().pow(2).sum().to(device)
+    return total
+
+
+def _own_gradient(parameter: nn.Parameter) -> Tensor | None:
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if hasattr(parameter, "ds_id"):
+        return safe_get_local_grad(parameter)
+    if mapping is not None:
+        own, address = mapping.get_lp_grad_fragment(parameter._index_in_param_group), mapping.lp_fragment_address  # type: ignore[attr-defined]
+        return own if own.numel() == address.numel else own.flatten().narrow(0, address.start, address.numel)
+    return None if hasattr(parameter, "_hp_mapping") else parameter.grad
+
+
+def drop(engine: Any, dropped: dict[nn.Parameter, Tensor]) -> None:
+    """Set to zero what is true in `dropped`, of a parameter's shape and the same on every rank, in the parameter and in its
+    float32 master."""
+    beside = masters_beside(engine.optimizer)
+    with torch.no_grad():
+        for parameter, where in dropped.items():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if hasattr(parameter, "ds_id"):
+                own = _own_part(parameter, where)
+                parameter.ds_tensor.masked_fill_(own, 0.0)  # type: ignore[operator]
+                master = safe_get_local_fp32_param(parameter)
+                safe_set_local_fp32_param(parameter, master.masked_fill(own.to(master.device), 0.0))
+                if parameter.shape != where.shape:
+                    continue  # it is whole nowhere
+            elif id(parameter) in beside:
+                beside[id(parameter)].masked_fill_(where, 0.0)
+            elif mapping is not None:
+                address, master = mapping.lp_fragment_address, mapping.hp_fragment
+                own = where.flatten().narrow(0, address.start, address.numel).to(master.device)
+                master.masked_fill_(own.reshape(master.shape), 0.0)
+            parameter.masked_fill_(where, 0.0)
+
+
+def masters_beside(optimizer: Any) -> dict[int, Tensor]:
+    """Without ZeRO, the float32 masters of 16-bit parameters by the parameters' ids; empty where there are none."""
+    found: dict[int, Tensor] = {}
+    if hasattr(optimizer, "fp32_groups"):  # whole, and in the same order as the parameters
+        for light, heavy in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            found |= {id(low): high for low, high in zip(light, heavy, strict=True)}
+    return found
+
+
+def shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter; under ZeRO-3 a sharded one shows size 0."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _own_part(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part, flat, of a whole value of a parameter under ZeRO-3; the last ones are padded with zeros."""
+    size = parameter.ds_tensor.numel()
+    rank, ranks = dist.get_rank(parameter.ds_process_group), dist.get_world_size(parameter.ds_process_group)
+    padded = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
+    return padded.narrow(0, rank * size, size).to(parameter.ds_tensor.device)
