@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pipeline.adapters import prefix
 from pipeline.config.schema import Sampling
 from pipeline.generation.hf import pack
 from pipeline.generation.rollout import Rollout, at_position, pick
@@ -36,7 +37,7 @@ def supported(model: Any) -> str | None:
         return f"{name}.forward does not take {', '.join(sorted(missing))}"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{name} computes attention in its own way, not through transformers' attention interface"
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", prefix.ATTENTION):
         return f"attention implementation {config._attn_implementation} takes no mask of each row's own; use sdpa"
     if any(getattr(module, "is_causal", True) is False for module in model.modules()):
         return f"{name} has attention that is not causal"
