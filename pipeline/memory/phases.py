@@ -168,17 +168,17 @@ def _held(recipe: Recipe, stage: str, engine: Engine, configs: Path | None) -> H
             # Converted or sharded while the file is mapped; else its pages are the weights.
             file = max(file, float((form.linear + form.other) * STORED.get(form.stored, 2)))
 
-    adapters, groups = 0.0, []
+    attached, groups = 0.0, []
     for role, form in shapes:
         head = 0 if role.speaks else form.width
-        adapters += head * size + _adapter(role, form, engine)
+        attached += head * size + _adapter(role, form, engine)
         if role.trained and role.head_only:
             groups.append(head)
         elif role.trained:
             groups.append(head + (adapters.trained(role.adapter, form) if role.adapter else whole[role.name]))
     if engine.offload_weights:
         weights = 0.0
-    return Held(shapes, parameters, groups, weights, adapters, groups[0] if groups else 0, file)
+    return Held(shapes, parameters, groups, weights, attached, groups[0] if groups else 0, file)
 
 
 def _adapter(role: Role, form: Shape, engine: Engine) -> float:

@@ -6,7 +6,7 @@ One tiny model is built for each method and family, its adapter moved away from 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,22 +15,16 @@ from peft import PeftModel
 from pipeline.adapters import build
 from pipeline.config.fitting import CONV1D
 from pipeline.config.methods import METHODS
-from pipeline.config.schema import Adapter, Sampling
+from pipeline.config.schema import Sampling
 from pipeline.generation import engines
 from pipeline.memory import adapters, shape
 from pipeline.model.roles import Role, Roles
 from tests.support import tiny
+from tests.support.methods import adapter
 
 pytestmark = pytest.mark.fast
 
 FAMILIES = ("llama", "qwen2", "opt", "gpt2")
-OPTIONS: dict[str, dict[str, Any]] = {
-    "num_virtual_tokens": {"num_virtual_tokens": 3},
-    "encoder_hidden_size": {"encoder_hidden_size": 8},
-    "bottleneck_dim": {"bottleneck_dim": 8},
-    "r": {"r": 4},
-    "oft_block_size": {"oft_block_size": 8},
-}
 CASES = [
     (method, family)
     for method in METHODS
@@ -53,24 +47,13 @@ class Case(NamedTuple):
     roles: Roles
 
 
-def adapter_of(method: str) -> Adapter:
-    """Small enough for a model of 64 hidden units."""
-    given = {
-        key: value
-        for option, more in OPTIONS.items()
-        if option in METHODS[method].options
-        for key, value in more.items()
-    }
-    return Adapter(method=method, **given)
-
-
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
 def case(request: pytest.FixtureRequest) -> Case:
     """`policy` with the method's adapter and `base` without, on one trunk."""
     method, family = request.param
     torch.manual_seed(1)
     trunk = build.attach(
-        tiny.build(family, **STILL.get(family, {})), adapter_of(method), "CAUSAL_LM", name="policy", steps=100
+        tiny.build(family, **STILL.get(family, {})), adapter(method), "CAUSAL_LM", name="policy", steps=100
     )
     with torch.no_grad():
         for parameter in build.trained(trunk, "policy"):
@@ -93,7 +76,7 @@ def test_parameters_are_those_of_the_formula(case: Case) -> None:
     roles = case.roles
     config = roles.causal_lm("policy").config.to_dict()
     trained = sum(parameter.numel() for parameter in roles.trainable("policy"))
-    assert trained == adapters.trained(adapter_of(case.method), shape(config, "test"))
+    assert trained == adapters.trained(adapter(case.method), shape(config, "test"))
 
 
 def test_a_rollout_says_what_a_full_forward_says(case: Case) -> None:
@@ -173,7 +156,7 @@ def test_published_files_open_without_relays_roles(case: Case, tmp_path: Path) -
             return
         going_on = build.attach(
             tiny.build(case.family, **STILL.get(case.family, {})),
-            adapter_of(case.method),
+            adapter(case.method),
             "CAUSAL_LM",
             name="next",
             steps=100,
