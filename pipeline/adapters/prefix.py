@@ -105,7 +105,7 @@ def attention(
         attention_mask = attention_mask.tril() if causal and query.shape[2] > 1 else attention_mask
     if any(columns.log_gate is not None for columns in prefixes):
         attention_mask = _additive(attention_mask, query)
-    for columns in reversed(prefixes):
+    for columns in prefixes:
         attention_mask = torch.cat([_weights(columns, attention_mask), attention_mask], dim=-1)
         key, value = _before(columns.keys, key), _before(columns.values, value)
     return sdpa_attention_forward(

@@ -113,7 +113,8 @@ class ReftModel(Tuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for layer in tuner_layers(model):  # in the base's dtype R rounds otherwise than it did in float32
             if adapter_name in layer.ext:
-                layer.ext[adapter_name].start()
+                intervention: Any = layer.ext[adapter_name]
+                intervention.start()
 
 
 def blocks(model: Any) -> list[str]:
