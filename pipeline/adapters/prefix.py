@@ -46,7 +46,8 @@ class Prefix(Component):
     """`n` key and value columns for each of `heads` key-value heads of width `size`.
 
     Without an `encoder` the columns are the parameters (P-tuning v2, 2110.07602). With one, a table [n, width] goes through
-    Linear, tanh, Linear of hidden width `encoder` (prefix tuning's reparametrisation, here one for each layer). A gate
+    Linear, tanh, Linear of hidden width `encoder` (prefix tuning's reparametrisation, here one for each layer). Keys have no
+    position: where the base rotates its keys (RoPE), these are not rotated. A gate
     weighs a token's attention to the prefix: exp of its attention scores there is multiplied by the gate.
     """
 
