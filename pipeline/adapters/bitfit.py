@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,25 +53,24 @@ class BiasDelta(Component):
     def __init__(self, out: int) -> None:
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(out))
-        self._merged: list[Tensor | None] = []  # the bias before each merge, to be put back as it was
+        self._before: Tensor | None = None  # the bias before a merge, to be put back to the bit
 
     def forward(self, given: Tensor, output: Tensor) -> Tensor:
         return output + self.delta.to(output.dtype)
 
-    def merge_into(self, base: nn.Module) -> None:
-        bias: Any = base.bias
-        self._merged.append(None if bias is None else bias.data.clone())
+    def merge_into(self, base: Any) -> None:
+        bias = base.bias
+        self._before = None if bias is None else bias.data.clone()
         if bias is None:
             base.bias = nn.Parameter(self.delta.detach().clone(), requires_grad=False)
         else:
             bias.data += self.delta.data.to(bias.dtype)
 
-    def unmerge_from(self, base: nn.Module) -> None:
-        was = self._merged.pop()
-        if was is None:
+    def unmerge_from(self, base: Any) -> None:
+        if self._before is None:
             base.bias = None
         else:
-            base.bias.data.copy_(was)
+            base.bias.data.copy_(self._before)
 
 
 class BitFitModel(Tuner):
@@ -100,6 +100,27 @@ class BitFitModel(Tuner):
         if bias is None:
             return BiasDelta(features(module, text_config(self.model).hidden_size)[1])
         return BiasDelta((bias.ds_shape if hasattr(bias, "ds_shape") else bias.shape)[0])
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """After a merge the config asks for the biases that the merge made, where the architecture knows them."""
+        before = {name for name, module in base_modules(self.model).items() if module._parameters.get("bias") is None}
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        made = {name for name, m in base_modules(model).items() if m._parameters.get("bias") is not None} & before
+        for flag, part in (("attention_bias", "attn"), ("mlp_bias", "mlp")):
+            if hasattr(model.config, flag) and any(part in name for name in made):
+                setattr(model.config, flag, True)
+        return model
+
+
+def unwritable_biases(model: Any) -> list[str]:
+    """Names of biases that a merge made and that no config of this architecture brings back: loading would drop them.
+
+    Llama's config can ask for biases in attention and MLP; Qwen2's, for one, cannot.
+    """
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    known = {name for name, _ in twin.named_parameters()}
+    return sorted(name for name, _ in model.named_parameters() if name.endswith(".bias") and name not in known)
 
 
 def _has_bias(module: nn.Module, add_missing: bool) -> bool:

@@ -51,7 +51,7 @@ class HybridConfig(MethodConfig):
     sequence, by which a token would see those after it).
 
     What trains, for each module of input width i and output width o (hidden states: H; K key-value heads of width S):
-      bottleneck  b (i' + o) + b + o, with i' = o if sequential, i if parallel (H with `parallel_inputs`); + 1 if scaling is learned
+      bottleneck  b (i' + o) + b + o, i' = o if sequential, i if parallel (H with `parallel_inputs`); + 1 if scaling is learned
       LoRA        r (i + o)
       prefix      2 n K S, or with an encoder n H + H e + e + 2 e K S + 2 K S
       gate        width of what the component reads + 1: i' for bottlenecks, i for LoRA, H for prefixes

@@ -46,7 +46,8 @@ class Prefix(Component):
     """`n` key and value columns for each of `heads` key-value heads of width `size`.
 
     Without an `encoder` the columns are the parameters (P-tuning v2, 2110.07602). With one, a table [n, width] goes through
-    Linear, tanh, Linear of hidden width `encoder` (prefix tuning's reparametrisation, here one for each layer). A gate
+    Linear, tanh, Linear of hidden width `encoder` (prefix tuning's reparametrisation, here one for each layer). Keys have no
+    position: where the base rotates its keys (RoPE), these are not rotated. A gate
     weighs a token's attention to the prefix: exp of its attention scores there is multiplied by the gate.
     """
 
@@ -105,7 +106,7 @@ def attention(
         attention_mask = attention_mask.tril() if causal and query.shape[2] > 1 else attention_mask
     if any(columns.log_gate is not None for columns in prefixes):
         attention_mask = _additive(attention_mask, query)
-    for columns in reversed(prefixes):
+    for columns in prefixes:
         attention_mask = torch.cat([_weights(columns, attention_mask), attention_mask], dim=-1)
         key, value = _before(columns.keys, key), _before(columns.values, value)
     return sdpa_attention_forward(

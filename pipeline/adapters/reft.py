@@ -37,6 +37,8 @@ class ReftConfig(MethodConfig):
     Both start as the identity: W = R and b = 0, or W = 0 and b = 0. Deviation: the paper edits some positions of the prompt
     and tunes which; here every position is edited, prompt and reply, so that no caller must say where a prompt ends.
 
+    `output_hidden_states` of transformers shows what blocks give before the edit; the last hidden state is after all.
+
     What trains: r (2 H + 1) for each block.
     """
 
@@ -113,7 +115,8 @@ class ReftModel(Tuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for layer in tuner_layers(model):  # in the base's dtype R rounds otherwise than it did in float32
             if adapter_name in layer.ext:
-                layer.ext[adapter_name].start()
+                intervention: Any = layer.ext[adapter_name]
+                intervention.start()
 
 
 def blocks(model: Any) -> list[str]:

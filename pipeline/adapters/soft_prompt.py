@@ -68,7 +68,7 @@ class SoftPromptLayer(TunerLayer):
     @property
     def first(self) -> int:
         """The id of the first virtual token: the number of embedding rows."""
-        return int(self.get_base_layer().num_embeddings)  # type: ignore[arg-type]
+        return int(self.get_base_layer().num_embeddings)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Embeddings [..., D] of ids int64 [...]. The prompt is computed for any ids: ranks must call equal modules."""

@@ -264,8 +264,9 @@ def features(module: nn.Module, hidden: int) -> tuple[int, int]:
     """(width of a module's input, of its output). Of what is no linear layer, the input and output are hidden states."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    found_in, found_out = getattr(module, "in_features", hidden), getattr(module, "out_features", hidden)
-    return int(found_in), int(found_out)  # type: ignore[arg-type]
+    found_in: Any = getattr(module, "in_features", hidden)
+    found_out: Any = getattr(module, "out_features", hidden)
+    return found_in, found_out
 
 
 def anchor(module: nn.Module, model: Any) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.bitfit import BitFitConfig
+from pipeline.adapters.bitfit import BitFitConfig, unwritable_biases
 from pipeline.adapters.tuner import tuner_layers
 from pipeline.errors import UserError
 from tests.support.methods import adapted, config, count, disturb, logits, padded, watched
@@ -67,6 +69,23 @@ def test_merge(shape: str) -> None:
     assert not tuner_layers(merged)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(logits(merged, ROWS), wanted, strict=True))
     assert ("model.layers.0.self_attn.q_proj.bias" in merged.state_dict()) == (shape in ("llama", "qwen2"))
+
+
+def test_merged_model_can_be_written(tmp_path: Path) -> None:
+    """Llama's config then asks for the biases; of Qwen2's the ones it does not know are named."""
+    model = adapted("bitfit", "llama")
+    wanted = logits(model, ROWS)
+    merged = model.merge_and_unload()
+    assert unwritable_biases(merged) == []
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(logits(loaded, ROWS), wanted, strict=True))
+    assert adapted("bitfit", "llama").unload().config.attention_bias is False
+
+    dropped = unwritable_biases(adapted("bitfit", "qwen2").merge_and_unload())
+    assert len(dropped) == 2 * 4
+    assert dropped[0] == "model.layers.0.mlp.down_proj.bias"
+    assert unwritable_biases(adapted("bitfit", "qwen2", add_missing=False).merge_and_unload()) == []
 
 
 def test_two_merged_and_taken_back() -> None:

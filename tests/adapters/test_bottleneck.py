@@ -118,7 +118,7 @@ def test_houlsby_init_is_nearly_the_identity() -> None:
         assert not layer.bias.any()
     hidden = torch.randn(10, 64)
     change = part(hidden, hidden) - hidden
-    assert 0.0 < change.abs().max() < 1e-2
+    assert 0.0 < change.std() < 5e-3  # expected: 0.0088 sqrt(64) through ReLU, 0.0088 sqrt(32 / 2) again: 0.0025 of 1
 
 
 def test_dropout_is_of_the_change_alone() -> None:

@@ -60,10 +60,7 @@ def columns(part: dict[str, Any], heads: int, size: int) -> Any:
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "opt"])
 def test_attention(method: str, shape: str) -> None:
     """softmax over [prefix, text] of q k / sqrt(size), the prefix's exponentials times the token's gate where there is one."""
-    if method == "gated":
-        model = adapted("p_tuning_v2", shape, gating=True)
-    else:
-        model = adapted(method, shape)
+    model = adapted("p_tuning_v2", shape, gating=True) if method == "gated" else adapted(method, shape)
     block = next(m for name, m in model.named_modules() if name.endswith((".layers.0", ".h.0")))
     batch = padded([ROW], "right")
 

@@ -119,6 +119,12 @@ def test_cached_steps(shape: str) -> None:
     ids = torch.tensor([ROWS[0]])
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
+        told = DynamicCache(config=model.config)
+        model(input_ids=ids[:, :6], past_key_values=told, use_cache=True)
+        last = model(
+            input_ids=ids[:, 6:], past_key_values=told, use_cache=True, position_ids=torch.tensor([[6]])
+        ).logits
+        assert torch.allclose(last, wanted[:, 6:], atol=2e-4)
         cache = DynamicCache(config=model.config)
         found = [model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True).logits]
         for place in range(4, 7):
