@@ -11,7 +11,7 @@ from peft import PeftConfig
 from torch import nn
 
 from pipeline import handoff
-from pipeline.adapters import build
+from pipeline.adapters import adalora, build
 from pipeline.config.schema import Base
 from pipeline.handoff import Baton
 from pipeline.model import load
@@ -121,6 +121,7 @@ def _add_adapter(
     trunk = build.add(trunk, config, name)
     if weights is not None:
         build.put(trunk, name, weights)
+        adalora.leave_out_empty(trunk, name)
     return trunk
 
 

@@ -165,6 +165,24 @@ def test_published_ranks_are_those_that_are_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
+def test_layers_without_ranks_do_without_the_adapter(expected: Any, tmp_path: Path) -> None:
+    """What a pruned adapter says does not change when it is taken off the layers that it has no rank in."""
+    peft = reference.model(reference.settings())
+    pattern = {n.replace(".default", ""): kept for n, kept in expected[1].items()}
+    first = next(iter(pattern))
+    peft.peft_config["default"].rank_pattern = {**pattern, first: [False] * 5}
+    peft.load_state_dict(expected[0], strict=False)
+    peft.save_pretrained(tmp_path)
+    opened = PeftModel.from_pretrained(tiny.build("llama"), tmp_path).eval()
+    with torch.no_grad():
+        before = opened(input_ids=reference.rows(0)).logits
+        assert any(p.numel() == 0 for p in opened.parameters())
+        adalora.leave_out_empty(opened, "default")
+        assert all(p.numel() for p in opened.parameters())
+        assert torch.equal(opened(input_ids=reference.rows(0)).logits, before)
+
+
+@pytest.mark.fast
 def test_a_schedule_that_begins_late_or_skips_steps_ends_all_the_same() -> None:
     """As PPO's does while the actor is frozen, and when an update stops early."""
     peft = reference.model(reference.settings())
