@@ -34,7 +34,7 @@ def whole(parameter: nn.Parameter) -> Tensor:
     return found.detach().to(torch.float32, copy=True).reshape(shape(parameter))
 
 
-def add(parameter: nn.Parameter, extra: Tensor) -> None:
+def add(parameter: Any, extra: Tensor) -> None:
     """Add `extra`, the same on every rank and of the parameter's shape, to the gradient."""
     mapping = getattr(parameter, "_hp_mapping", None)
     if hasattr(parameter, "ds_id"):
@@ -43,12 +43,12 @@ def add(parameter: nn.Parameter, extra: Tensor) -> None:
     elif (
         getattr(parameter, "_hp_grad", None) is not None
     ):  # bf16 weights, float32 accumulation, ZeRO-1: all on each rank
-        parameter._hp_grad.add_(extra.reshape(parameter._hp_grad.shape))  # type: ignore[attr-defined]
+        parameter._hp_grad.add_(extra.reshape(parameter._hp_grad.shape))
     elif mapping is not None:
-        own, address = mapping.get_lp_grad_fragment(parameter._index_in_param_group), mapping.lp_fragment_address  # type: ignore[attr-defined]
+        own, address = mapping.get_lp_grad_fragment(parameter._index_in_param_group), mapping.lp_fragment_address
         own.add_(extra.flatten().narrow(0, address.start, address.numel).reshape(own.shape).to(own))
         if mapping.use_offload:  # its norm was taken as it was copied
-            optimizer = parameter._zero_optimizer  # type: ignore[attr-defined]
+            optimizer = parameter._zero_optimizer
             optimizer.norm_for_param_grads[optimizer.get_param_id(parameter)] = own.double().norm()
     elif not hasattr(parameter, "_hp_mapping"):
         if parameter.grad is None:
@@ -66,17 +66,17 @@ def square(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     return total
 
 
-def _own_gradient(parameter: nn.Parameter) -> Tensor | None:
+def _own_gradient(parameter: Any) -> Tensor | None:
     mapping = getattr(parameter, "_hp_mapping", None)
     if hasattr(parameter, "ds_id"):
         return safe_get_local_grad(parameter)
     if mapping is not None:
-        own, address = mapping.get_lp_grad_fragment(parameter._index_in_param_group), mapping.lp_fragment_address  # type: ignore[attr-defined]
+        own, address = mapping.get_lp_grad_fragment(parameter._index_in_param_group), mapping.lp_fragment_address
         return own if own.numel() == address.numel else own.flatten().narrow(0, address.start, address.numel)
     return None if hasattr(parameter, "_hp_mapping") else parameter.grad
 
 
-def drop(engine: Any, dropped: dict[nn.Parameter, Tensor]) -> None:
+def drop(engine: Any, dropped: dict[Any, Tensor]) -> None:
     """Set to zero what is true in `dropped`, of a parameter's shape and the same on every rank, in the parameter and in its
     float32 master."""
     beside = masters_beside(engine.optimizer)
@@ -85,7 +85,7 @@ def drop(engine: Any, dropped: dict[nn.Parameter, Tensor]) -> None:
             mapping = getattr(parameter, "_hp_mapping", None)
             if hasattr(parameter, "ds_id"):
                 own = _own_part(parameter, where)
-                parameter.ds_tensor.masked_fill_(own, 0.0)  # type: ignore[operator]
+                parameter.ds_tensor.masked_fill_(own, 0.0)
                 master = safe_get_local_fp32_param(parameter)
                 safe_set_local_fp32_param(parameter, master.masked_fill(own.to(master.device), 0.0))
                 if parameter.shape != where.shape:

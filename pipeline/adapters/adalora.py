@@ -18,7 +18,7 @@ from typing import Any
 import deepspeed
 import torch
 from peft import AdaLoraConfig, PeftModel
-from peft.tuners.adalora.layer import RankAllocator
+from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -78,6 +78,15 @@ def orthogonality(rows: Tensor) -> tuple[Tensor, Tensor]:
     excess = rows @ rows.T - torch.eye(len(rows), device=rows.device)
     norm = torch.linalg.matrix_norm(excess)
     return norm, 2.0 * excess @ rows / norm.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def leave_out_empty(model: PeftModel, name: str) -> None:
+    """Take a pruned adapter off the layers where nothing is left of it: ZeRO-3 cannot gather a parameter without elements."""
+    for layer in model.modules():
+        if isinstance(layer, AdaLoraLayer) and name in layer.lora_E and layer.lora_E[name].numel() == 0:
+            for kind in (*layer.adapter_layer_names, *layer.other_param_names):
+                if name in getattr(layer, kind):
+                    del getattr(layer, kind)[name]
 
 
 class Allocation:

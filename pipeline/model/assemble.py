@@ -11,7 +11,7 @@ from peft import PeftConfig
 from torch import nn
 
 from pipeline import handoff
-from pipeline.adapters import build
+from pipeline.adapters import adalora, build
 from pipeline.config.methods import METHODS
 from pipeline.config.schema import Base
 from pipeline.handoff import Baton
@@ -134,6 +134,7 @@ def _add_adapter(
     trunk = build.add(trunk, build.without_dropout(config), name)
     if weights is not None:
         build.put(trunk, name, weights)
+        adalora.leave_out_empty(trunk, name)
     return trunk
 
 

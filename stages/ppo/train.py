@@ -317,8 +317,11 @@ class Loop:
 
     def _write(self, folder: Path) -> None:
         """What a checkpoint holds beside the engine and its state: files of rank 0."""
-        for part in (*self.update.allocations.values(), *([self.ema] if self.ema else [])):
+        for part in self._parts():
             part.save(folder)
+
+    def _parts(self) -> list[Any]:
+        return [*self.update.allocations.values(), *([self.ema] if self.ema else [])]
 
     def resume(self, folder: Path) -> None:
         state = engine.resume(self.engine, folder)
@@ -326,5 +329,5 @@ class Loop:
         self.best, self.best_step, self.stale = state["best"], state["best_step"], state["stale"]
         self.running = RunningScores(**state["running_scores"]) if state["running_scores"] else None
         self.watch.load(state["signals"])
-        for part in (*self.update.allocations.values(), *([self.ema] if self.ema else [])):
+        for part in self._parts():
             part.load(folder)

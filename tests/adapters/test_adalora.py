@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,24 @@ def test_published_ranks_are_those_that_are_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
+def test_layers_without_ranks_do_without_the_adapter(expected: Any, tmp_path: Path) -> None:
+    """What a pruned adapter says does not change when it is taken off the layers that it has no rank in."""
+    peft = reference.model(reference.settings())
+    pattern = {n.replace(".default", ""): kept for n, kept in expected[1].items()}
+    first = next(iter(pattern))
+    peft.peft_config["default"].rank_pattern = {**pattern, first: [False] * 5}
+    peft.load_state_dict(expected[0], strict=False)
+    peft.save_pretrained(tmp_path)
+    opened = PeftModel.from_pretrained(tiny.build("llama"), tmp_path).eval()
+    with torch.no_grad():
+        before = opened(input_ids=reference.rows(0)).logits
+        assert any(p.numel() == 0 for p in opened.parameters())
+        adalora.leave_out_empty(opened, "default")
+        assert all(p.numel() for p in opened.parameters())
+        assert torch.equal(opened(input_ids=reference.rows(0)).logits, before)
+
+
+@pytest.mark.fast
 def test_a_schedule_that_begins_late_or_skips_steps_ends_all_the_same() -> None:
     """As PPO's does while the actor is frozen, and when an update stops early."""
     peft = reference.model(reference.settings())
@@ -314,24 +333,46 @@ def test_published_policy_opens_and_merges_plainly(published: tuple[Path, Path])
 
 
 @pytest.mark.parametrize(("stage", "step"), [("sft", 4), ("reward", 4), ("ppo", 2)])
-def test_resumed_from_the_middle(
-    ranks: Get, published: tuple[Path, Path], tmp_path: Path, stage: str, step: int
-) -> None:
+def test_resumed_from_the_middle(ranks: Get, published: tuple[Path, Path], stage: str, step: int) -> None:
     """Every published byte is that of the undisturbed run, from a checkpoint in which ranks are being moved."""
     recipe, run = published
-    copied = tmp_path / "run"
-    shutil.copytree(run, copied)
-    output, kept = copied / stage / "output", run / stage / "output"
+    output, checkpoints = run / stage / "output", run / stage / "checkpoints"
+    kept = {file.name: file.read_bytes() for file in output.iterdir()}
     shutil.rmtree(output)
-    for folder in (copied / stage / "checkpoints").glob("*-*"):
+    for folder in checkpoints.glob("*-*"):
         if folder.is_dir() and int(folder.name.rpartition("-")[2]) > step:
             shutil.rmtree(folder)
-    checkpoint = next((copied / stage / "checkpoints").glob(f"*-{step}"))
+    checkpoint = next(checkpoints.glob(f"*-{step}"))
     assert json.loads(next(checkpoint.glob("adalora-*.json")).read_text())["fixed"] is False
     assert max(float(w.max()) for w in load_file(next(checkpoint.glob("adalora-*.safetensors"))).values()) > 0
-    ranks(2).call("tests.support.stages:run", recipe=str(recipe), stage=stage, run_dir=str(copied))
-    for file in kept.iterdir():
-        assert (output / file.name).read_bytes() == file.read_bytes(), file.name
+    ranks(2).call("tests.support.stages:run", recipe=str(recipe), stage=stage, run_dir=str(run))
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == kept
+
+
+def gradient_of_the_term(matrices: dict[str, torch.Tensor], weight: float) -> dict[str, torch.Tensor]:
+    """By autograd, of weight x the mean over singular matrices of ||P P^T - I||_F."""
+    leaves = {n: matrix.clone().requires_grad_() for n, matrix in matrices.items()}
+    terms = []
+    for name, matrix in leaves.items():
+        gram = matrix @ matrix.T if "lora_A" in name else matrix.T @ matrix
+        terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram))))
+    found = torch.autograd.grad(weight * torch.stack(terms).mean(), list(leaves.values()))
+    return dict(zip(leaves, found, strict=True))
+
+
+@pytest.mark.parametrize(("stage", "zero"), [("sft", "zero2"), ("reward", "zero1")])
+def test_orthogonality_is_once_in_trl_s_gradient(
+    ranks: Get, tiny_llama: Path, tmp_path: Path, stage: str, zero: str
+) -> None:
+    """So heavy that nothing else counts: the first step's gradient, in two micro-batches on two ranks, has its norm."""
+    changes: dict[str, Any] = {f"stages__{stage}__lr": 1e-12, f"stages__{stage}__save_every": 1}
+    changes |= {f"stages__{stage}__keep_checkpoints": 9, "deepspeed__config": zero}
+    recipe = tiny.recipe(tmp_path / "r.yaml", tiny_llama, adapter={**ADALORA, "orth_reg_weight": 1e6}, **changes)
+    ranks(2).call("tests.support.stages:run", recipe=str(recipe), stage=stage, run_dir=str(tmp_path / "run"))
+    weights = load_file(tmp_path / "run" / stage / "checkpoints/checkpoint-1/adapter_model.safetensors")
+    term = gradient_of_the_term({n: w for n, w in weights.items() if "lora_A" in n or "lora_B" in n}, 1e6)
+    norm = math.sqrt(sum(float(g.pow(2).sum()) for g in term.values()))
+    assert rows(tmp_path / "run", stage)[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -367,15 +408,8 @@ def test_orthogonality_is_once_in_ppo_s_gradient(
     for role, rate in (("policy", 0.5), ("critic", 0.25)):
         names = [n for n in found["before"] if n.endswith((f"lora_A.{role}", f"lora_B.{role}"))]
         assert len(names) == 2 * 14
-        leaves = {n: found["before"][n].clone().requires_grad_() for n in names}
-        terms = []
-        for name, matrix in leaves.items():
-            gram = matrix @ matrix.T if "lora_A" in name else matrix.T @ matrix
-            terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram))))
-        (0.5 * torch.stack(terms).mean()).backward()
-        for name, matrix in leaves.items():
+        for name, slope in gradient_of_the_term({n: found["before"][n] for n in names}, 0.5).items():
             moved = found["after"][name] - found["before"][name]
-            assert matrix.grad is not None
-            torch.testing.assert_close(moved, -rate * matrix.grad, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(moved, -rate * slope, rtol=1e-3, atol=1e-7)
         values = [found["after"][n] for n in found["before"] if n.endswith(f"lora_E.{role}")]
         assert any(value.any() for value in values), "the task has no gradient"
