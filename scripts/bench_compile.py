@@ -94,15 +94,16 @@ def page(
         [
             "# torch.compile in PPO's update",
             "",
-            f"`python scripts/bench_compile.py`, Python {platform.python_version()}, torch {torch.__version__}, {device.type}, "
-            f"{os.cpu_count()} cores. Commit {commit()}.",
+            f"`python scripts/bench_compile.py`, Python {platform.python_version()}, torch {torch.__version__}, "
+            f"{device.type}, {os.cpu_count()} cores. Commit {commit()}.",
             "",
             f"{arguments.shape}, {arguments.dtype}, LoRA r=8 on every linear layer; {len(SHAPES)} micro-batches of unlike shape, "
             "forward and backward through the blocks, medians of turns.",
             "",
             "| as written, s | compiled, s | as written / compiled | compiling took, s | |",
             "|---|---|---|---|---|",
-            f"| {plain:.2f} | {compiled:.2f} | {plain / compiled:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {extra:.0f} | {pays} |",
+            f"| {plain:.2f} | {compiled:.2f} | {plain / compiled:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
+            f"| {extra:.0f} | {pays} |",
             "",
         ]
     )

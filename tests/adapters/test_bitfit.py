@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.bitfit import BitFitConfig, unwritable_biases
 from pipeline.adapters.tuner import tuner_layers
 from pipeline.errors import UserError
-from tests.support.methods import adapted, config, count, disturb, logits, padded, watched
+from tests.support.tuners import adapted, config, count, disturb, logits, padded, watched
 from tests.support.tiny import build
 
 pytestmark = pytest.mark.fast

@@ -12,7 +12,7 @@ from peft import get_peft_model
 
 from pipeline.adapters.bottleneck import Bottleneck, Wire
 from pipeline.adapters.hybrid import HybridConfig
-from tests.support.methods import adapted, count, disturb, padded, watched, weights
+from tests.support.tuners import adapted, count, disturb, padded, watched, weights
 from tests.support.tiny import build
 
 pytestmark = pytest.mark.fast

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 
 from pipeline.adapters.hybrid import HybridConfig
 from pipeline.errors import UserError
-from tests.support.methods import adapted, config, count, disturb, logits, padded, watched, weights
+from tests.support.tuners import adapted, config, count, disturb, logits, padded, watched, weights
 from tests.support.tiny import build
 
 pytestmark = pytest.mark.fast

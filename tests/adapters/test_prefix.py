@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.adapters.hybrid import HybridConfig
 from pipeline.adapters.prefix import ATTENTION
 from pipeline.errors import UserError
-from tests.support.methods import adapted, config, count, logits, padded, watched, weights
+from tests.support.tuners import adapted, config, count, logits, padded, watched, weights
 from tests.support.tiny import build
 
 pytestmark = pytest.mark.fast

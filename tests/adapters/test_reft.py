@@ -12,7 +12,7 @@ from peft import get_peft_model
 from pipeline.adapters.reft import Intervention, ReftConfig, blocks
 from pipeline.adapters.tuner import tuner_layers
 from pipeline.errors import UserError
-from tests.support.methods import adapted, count, padded, watched, weights
+from tests.support.tuners import adapted, count, padded, watched, weights
 from tests.support.tiny import build
 
 pytestmark = pytest.mark.fast

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from pipeline.adapters.soft_prompt import SoftPromptConfig, extend, virtual_ids
 from pipeline.adapters.tuner import tuner_layers
-from tests.support.methods import adapted, config, count, disturb, logits, padded, weights
+from tests.support.tuners import adapted, config, count, disturb, logits, padded, weights
 from tests.support.tiny import build
 
 pytestmark = pytest.mark.fast

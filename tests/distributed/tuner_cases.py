@@ -13,7 +13,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from pipeline import engine
 from pipeline.engine import gather_state
-from tests.support.methods import config, disturb, padded
+from tests.support.tuners import config, disturb, padded
 
 ROWS = [[7, 12, 33, 41], [5, 90, 6, 8], [64, 11, 23, 52], [31, 4, 9, 27]]
 
