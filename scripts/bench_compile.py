@@ -97,8 +97,8 @@ def page(
             f"`python scripts/bench_compile.py`, Python {platform.python_version()}, torch {torch.__version__}, "
             f"{device.type}, {os.cpu_count()} cores. Commit {commit()}.",
             "",
-            f"{arguments.shape}, {arguments.dtype}, LoRA r=8 on every linear layer; {len(SHAPES)} micro-batches of unlike shape, "
-            "forward and backward through the blocks, medians of turns.",
+            f"{arguments.shape}, {arguments.dtype}, LoRA r=8 on every linear layer; {len(SHAPES)} micro-batches of "
+            "unlike shapes, forward and backward through the blocks, medians of turns.",
             "",
             "| as written, s | compiled, s | as written / compiled | compiling took, s | |",
             "|---|---|---|---|---|",

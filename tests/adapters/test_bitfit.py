@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.bitfit import BitFitConfig, unwritable_biases
 from pipeline.adapters.tuner import tuner_layers
 from pipeline.errors import UserError
-from tests.support.tuners import adapted, config, count, disturb, logits, padded, watched
 from tests.support.tiny import build
+from tests.support.tuners import adapted, config, count, disturb, logits, padded, watched
 
 pytestmark = pytest.mark.fast
 

@@ -12,8 +12,8 @@ from peft import get_peft_model
 
 from pipeline.adapters.bottleneck import Bottleneck, Wire
 from pipeline.adapters.hybrid import HybridConfig
-from tests.support.tuners import adapted, count, disturb, padded, watched, weights
 from tests.support.tiny import build
+from tests.support.tuners import adapted, count, disturb, padded, watched, weights
 
 pytestmark = pytest.mark.fast
 

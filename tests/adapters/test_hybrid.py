@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 
 from pipeline.adapters.hybrid import HybridConfig
 from pipeline.errors import UserError
-from tests.support.tuners import adapted, config, count, disturb, logits, padded, watched, weights
 from tests.support.tiny import build
+from tests.support.tuners import adapted, config, count, disturb, logits, padded, watched, weights
 
 pytestmark = pytest.mark.fast
 

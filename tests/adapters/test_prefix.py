@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.adapters.hybrid import HybridConfig
 from pipeline.adapters.prefix import ATTENTION
 from pipeline.errors import UserError
-from tests.support.tuners import adapted, config, count, logits, padded, watched, weights
 from tests.support.tiny import build
+from tests.support.tuners import adapted, config, count, logits, padded, watched, weights
 
 pytestmark = pytest.mark.fast
 

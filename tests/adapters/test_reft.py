@@ -12,8 +12,8 @@ from peft import get_peft_model
 from pipeline.adapters.reft import Intervention, ReftConfig, blocks
 from pipeline.adapters.tuner import tuner_layers
 from pipeline.errors import UserError
-from tests.support.tuners import adapted, count, padded, watched, weights
 from tests.support.tiny import build
+from tests.support.tuners import adapted, count, padded, watched, weights
 
 pytestmark = pytest.mark.fast
 

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 from pipeline.adapters.soft_prompt import SoftPromptConfig, extend, virtual_ids
 from pipeline.adapters.tuner import tuner_layers
-from tests.support.tuners import adapted, config, count, disturb, logits, padded, weights
 from tests.support.tiny import build
+from tests.support.tuners import adapted, config, count, disturb, logits, padded, weights
 
 pytestmark = pytest.mark.fast
 

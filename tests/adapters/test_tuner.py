@@ -17,8 +17,8 @@ from pipeline.adapters.soft_prompt import virtual_ids
 from pipeline.adapters.tuner import tuner_layers
 from pipeline.config.schema import Sampling
 from pipeline.generation import hf, static
-from tests.support.tuners import IDENTITY, METHODS, SHAPES, adapted, config, disturb, logits, padded
 from tests.support.tiny import build
+from tests.support.tuners import IDENTITY, METHODS, SHAPES, adapted, config, disturb, logits, padded
 
 pytestmark = pytest.mark.fast
 

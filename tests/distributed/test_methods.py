@@ -1,0 +1,70 @@
+"""Every method under every ZeRO stage on two ranks as one process trains it, and through the whole chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.methods import METHODS
+from tests.support import tiny
+from tests.support.methods import changes
+from tests.support.session import Ranks
+
+Get = Callable[[int], Ranks]
+
+ALONE = [m for m in METHODS if m not in ("full", "qlora", "adalora")]
+"""Methods on whole weights; AdaLoRA, whose ranks move, has tests of its own."""
+
+CHAINS = [
+    ("dora", 1),
+    ("pissa", 3),
+    ("vera", 2),
+    ("ia3", 3),
+    ("oft", 1),
+    ("ln_tuning", 2),
+    ("bitfit", 3),
+    ("p_tuning", 2),
+    ("mam", 3),
+    ("unipelt", 1),
+    ("loreft", 2),
+]
+"""A method of each kind of adapter and a ZeRO stage; all of both are in `scripts/matrix.py`."""
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Get, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """What one process without ZeRO makes of each method's adapter."""
+    return trained(ranks, 1, tiny_llama, ALONE, 0, tmp_path_factory.mktemp("alone"))
+
+
+def trained(ranks: Get, world: int, base: Path, methods: list[str], stage: int, folder: Path) -> Any:
+    target = folder / f"zero{stage}.pt"
+    asked = {"base": str(base), "methods": methods, "stage": stage, "target": str(target)}
+    ranks(world).call("tests.distributed.method_cases:train", **asked)
+    return torch.load(target)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_train_what_one_process_trains(
+    ranks: Get, tiny_llama: Path, tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]], stage: int
+) -> None:
+    methods = [m for m in ALONE if stage < 3 or METHODS[m].zero3]
+    for method, found in trained(ranks, 2, tiny_llama, methods, stage, tmp_path).items():
+        assert found.keys() == alone[method].keys()
+        for name, value in alone[method].items():
+            torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4, msg=lambda m: f"{method} {name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize(("method", "zero"), CHAINS)
+def test_chain(ranks: Get, tiny_llama: Path, tmp_path: Path, method: str, zero: int) -> None:
+    """SFT, reward model and PPO; what they publish reads the same in plain PEFT."""
+    recipe = str(tiny.recipe(tmp_path / "r.yaml", tiny_llama, **changes(method, zero)))
+    asked = {"recipe": recipe, "run_dir": str(tmp_path / "run")}
+    hashes = ranks(2).call("tests.support.stages:chain", **asked)
+    assert hashes[0] == hashes[1]
+    for difference in ranks(2).call("tests.distributed.cases:opens_plainly", **asked):
+        assert max(difference.values()) <= 2e-5, difference
