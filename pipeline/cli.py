@@ -16,7 +16,9 @@ from rich.table import Table
 from pipeline import chain, handoff, launch
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe, load, sources
-from pipeline.data import split
+from pipeline.config.schema import Classify
+from pipeline.config.shortcuts import shortcuts
+from pipeline.data import glue, split
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, UserError
 from pipeline.lock import run_lock
 from pipeline.memory import Need
@@ -42,6 +44,11 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder of the run; default runs/<name>")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe")]
 Ranks = Annotated[int | None, typer.Option("--num-gpus", help="ranks per host for every stage")]
+Task = Annotated[str | None, typer.Option("--task", help="task of the recipe's classify stages, such as sst2")]
+Method = Annotated[str | None, typer.Option("--method", help="what is trained: adapter.method")]
+Folder = Annotated[
+    Path | None, typer.Option("--data", help="folder of the task's official files; default the hub's copy")
+]
 
 
 def app() -> None:
@@ -73,9 +80,12 @@ def run(
     ranks: Ranks = None,
     first: Annotated[str | None, typer.Option("--from", help="run this stage and what depends on it again")] = None,
     until: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
+    task: Task = None,
+    method: Method = None,
+    data: Folder = None,
 ) -> None:
     """Run the stages of RECIPE that are not up to date, in order; show what came out."""
-    loaded, folder, given = _open(recipe, run_dir, overrides, ranks)
+    loaded, folder, given = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), ranks)
     wanted, again = chain.selection(loaded, first, until), chain.redo(loaded, first)
     with run_lock(folder):
         for stage in loaded.stages:
@@ -93,6 +103,8 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
     launch.check_devices(recipe, stage)
     for parent in recipe.parents(stage):
         handoff.open_baton(run_dir / parent)
+    if isinstance(recipe.stages[stage], Classify):
+        glue.places(recipe, stage)
     for key in KINDS[recipe.stages[stage].kind].sources:
         if sources(recipe.stages[stage], key):
             split.load(recipe, stage, key)
@@ -120,9 +132,17 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
 
 
 @commands.command()
-def status(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = None, ranks: Ranks = None) -> None:
+def status(
+    recipe: RecipeName,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    task: Task = None,
+    method: Method = None,
+    data: Folder = None,
+) -> None:
     """Which stages are done, which will run, and why."""
-    loaded, folder, _ = _open(recipe, run_dir, overrides, ranks)
+    loaded, folder, _ = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), ranks)
     table = Table("stage", "kind", "state", "why")
     for stage in loaded.order():
         state = chain.state(loaded, stage, folder)
@@ -143,22 +163,25 @@ def plan(
         float | None,
         typer.Option("--device-memory", metavar="GIB", help="plan for GPUs of this size; default: this machine"),
     ] = None,
+    task: Task = None,
+    method: Method = None,
+    data: Folder = None,
 ) -> None:
     """What would run: the commands and the memory per rank in each phase, before anything is loaded. Exit code 2 when a
     stage does not fit the device."""
     from pipeline.memory import check, device, estimate, merged_copy_fits
 
-    loaded, folder, given = _open(recipe, run_dir, overrides, ranks)
+    loaded, folder, given = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), ranks)
     for stage in loaded.order():
         block, where = loaded.stages[stage], device(loaded, stage, memory)
         sampling = getattr(block, "sampling", None) if block.kind == "ppo" else None
         merged = sampling is not None and sampling.adapter == "auto"
         merged = merged and merged_copy_fits(loaded, stage, where.bytes, where.kind, configs)
         need = estimate(loaded, stage, configs, where.kind, merged=merged)
-        method = "frozen" if block.kind == "evaluate" else block.adapter.method
+        trained = "frozen" if block.kind == "evaluate" else block.adapter.method
         quantized = " on nf4" if block.base.quantization else ""
         console.print(
-            f"[bold]{stage}[/bold] ({block.kind})  {block.base.model}  {method}{quantized}  {block.deepspeed.config}  "
+            f"[bold]{stage}[/bold] ({block.kind})  {block.base.model}  {trained}{quantized}  {block.deepspeed.config}  "
             f"ranks: {block.deepspeed.ranks}  parameters: {need.parameters / 1e6:,.1f} M  "
             f"trained: {need.trained / 1e6:,.2f} M"
         )
@@ -194,9 +217,12 @@ def show(
     stage: Annotated[str | None, typer.Argument(help="a stage; default all")] = None,
     run_dir: RunDir = None,
     overrides: Overrides = None,
+    task: Task = None,
+    method: Method = None,
+    data: Folder = None,
 ) -> None:
     """What the stages published: metrics, files and lineage."""
-    loaded, folder, _ = _open(recipe, run_dir, overrides, None)
+    loaded, folder, _ = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), None)
     for name in [stage] if stage else loaded.order():
         manifest = handoff.read_manifest(folder / name)
         if manifest is None:
@@ -247,9 +273,16 @@ def export(
 
 
 @commands.command()
-def verify(recipe: RecipeName, run_dir: RunDir = None, overrides: Overrides = None) -> None:
+def verify(
+    recipe: RecipeName,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    task: Task = None,
+    method: Method = None,
+    data: Folder = None,
+) -> None:
     """Check every published file of a run against its hash, and every stage against the parents it was made from."""
-    loaded, folder, _ = _open(recipe, run_dir, overrides, None)
+    loaded, folder, _ = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), None)
     for stage in loaded.order():
         if handoff.read_manifest(folder / stage) is None:
             console.print(f"[bold]{stage}[/bold]  nothing published")

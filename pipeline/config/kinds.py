@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.schema import Evaluate, Ppo, Reward, Sft, Stage
+from pipeline.config.schema import Classify, Evaluate, Ppo, Reward, Sft, Stage
 
 POLICIES = frozenset({"sft", "ppo"})
 REWARDS = frozenset({"reward"})
@@ -16,7 +16,7 @@ REWARDS = frozenset({"reward"})
 class Kind:
     """`inputs` maps a key of the stage's block to the kinds it may name; `base_ok` keys also accept the word `base`.
 
-    `sources` are the keys, dotted, that list data.
+    `sources` are the keys, dotted, that list data; a classify stage's data is its task's.
     """
 
     schema: type[Stage]
@@ -43,6 +43,7 @@ KINDS: dict[str, Kind] = {
         base_ok=frozenset({"model", "against"}),
         sources=("prompts",),
     ),
+    "classify": Kind(Classify, "stages.classify", {"init": POLICIES}, base_ok=frozenset({"init"}), sources=()),
 }
 
 

@@ -20,7 +20,17 @@ from pydantic import ValidationError
 from pipeline.config.fitting import check_method
 from pipeline.config.kinds import KINDS, estimators
 from pipeline.config.methods import METHODS
-from pipeline.config.schema import REWARD_KEYS, FunctionReward, Header, Ppo, Source, Stage, Supervised, reward_stages
+from pipeline.config.schema import (
+    REWARD_KEYS,
+    Classify,
+    FunctionReward,
+    Header,
+    Ppo,
+    Source,
+    Stage,
+    Supervised,
+    reward_stages,
+)
 from pipeline.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
@@ -161,7 +171,7 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     one, batches that do not divide.
     """
     path = find(str(name))
-    raw = _parse(path)
+    raw = parse(path)
     method_first = sorted(overrides or [], key=lambda text: not text.partition("=")[0].endswith("adapter.method"))
     for override in method_first:
         _override(raw, override)
@@ -181,7 +191,8 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def parse(path: Path) -> dict[str, Any]:
+    """A recipe as it is written: a mapping, not checked further."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -321,7 +332,7 @@ def _check(recipe: Recipe) -> None:
         _check_batches(recipe, stage, block)
         if isinstance(block, Ppo):
             _check_ppo(recipe, stage, block)
-        if getattr(block, "eval_every", None) and block.holdout == 0:
+        if getattr(block, "eval_every", None) and block.holdout == 0 and not isinstance(block, Classify):
             raise UserError(
                 recipe.where("stages", stage, "eval_every"),
                 "there is nothing to evaluate on: data.holdout is 0",

@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pipeline.config.architectures import SLOTS
+from pipeline.config.glue import task_name
 from pipeline.config.methods import METHODS, continues
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -261,6 +262,16 @@ class Reward(Supervised):
 
     kind: Literal["reward"]
     center: NonNegative | None = None
+
+
+class Classify(Supervised):
+    """A sequence classifier on a task of GLUE or SuperGLUE, or a regression for stsb, scored by the task's official metrics
+    on its whole validation split. `data` is the folder of the official download; the hub's copy is read when it is left out.
+    Texts above `max_length` tokens lose the end of their longest part. `eval_every` takes the loss on `eval_rows` of them."""
+
+    kind: Literal["classify"]
+    task: Annotated[str, AfterValidator(task_name)]
+    data: str | None = None  # type: ignore[assignment]
 
 
 def _function(value: str) -> str:

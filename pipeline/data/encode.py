@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.glue import Item
 from pipeline.data.shape import Text
 from pipeline.data.split import Part, Split
 from pipeline.errors import UserError
@@ -90,4 +92,45 @@ def prompts(encoder: Encoder, split: Split, part: Part, max_length: int) -> list
             kept.append(Prompt(ids, example.row))
         else:
             split.leave_out(example, part, "too long" if ids else "empty prompt")
+    return kept
+
+
+class Classified:
+    """Rows for a sequence classifier, put together when they are read: `input_ids` closed by EOS, where the head reads,
+    `attention_mask` and `labels` (int for a class, float for regression).
+
+    Each distinct piece of text is encoded and held once: many candidates may share a long passage. A row above
+    `max_length` tokens loses the end of its longest pieces; `cut` counts such rows.
+    """
+
+    def __init__(self, tokenizer: Any, items: list[Item], max_length: int, *, classes: bool) -> None:
+        self.items, self.classes, self.eos = items, classes, tokenizer.eos_token_id
+        opening = list(tokenizer("")["input_ids"])
+        self.opening = opening[:-1] if opening and opening[-1] == self.eos else opening
+        self.room = max_length - len(self.opening) - 1
+        distinct = list(dict.fromkeys(piece for item in items for piece in item.pieces))
+        encoded = tokenizer(distinct, add_special_tokens=False)["input_ids"] if distinct else []
+        self.ids = {text: array("i", ids) for text, ids in zip(distinct, encoded, strict=True)}
+        self.cut = sum(sum(len(self.ids[piece]) for piece in item.pieces) > self.room for item in items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        item = self.items[number]
+        pieces = [self.ids[piece] for piece in item.pieces]
+        ids = [*self.opening]
+        for piece, length in zip(pieces, shares([len(piece) for piece in pieces], self.room), strict=True):
+            ids += piece[:length]
+        ids.append(self.eos)
+        label = int(item.label) if self.classes else item.label
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
+
+
+def shares(lengths: list[int], room: int) -> list[int]:
+    """How much of each text is kept so that all fit into `room`: the longest are cut to one length, short ones stay whole."""
+    kept, left = list(lengths), max(room, 0)
+    for place, number in enumerate(sorted(range(len(lengths)), key=lambda n: lengths[n])):
+        kept[number] = min(lengths[number], left // (len(lengths) - place))
+        left -= kept[number]
     return kept

@@ -111,7 +111,7 @@ def _file_rows(file: Path) -> Iterator[Row]:
             with (
                 gzip.open(file, "rt", encoding="utf-8") if name.endswith(".gz") else file.open(encoding="utf-8") as text
             ):
-                yield from _json_rows(text.read(), name)
+                yield from json_rows(text.read(), name)
     except (OSError, UnicodeDecodeError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"data {name}", f"cannot be read: {error}", fix="replace or re-download the file") from None
 
@@ -126,7 +126,7 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
         raise OSError(str(error).splitlines()[0]) from None
 
 
-def _json_rows(text: str, name: str) -> Iterator[Row]:
+def json_rows(text: str, name: str) -> Iterator[Row]:
     if text.lstrip().startswith("["):
         try:
             elements = json.loads(text)

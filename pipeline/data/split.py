@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe, sources
-from pipeline.config.schema import Source
+from pipeline.config.schema import Classify, Source
+from pipeline.data import glue
 from pipeline.data.read import Row, fingerprint, rows
 from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only
 from pipeline.errors import UserError
@@ -92,6 +93,8 @@ def load(recipe: Recipe, stage: str, key: str | None = None) -> Split:
 def fingerprints(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
     """Path as written and content hash of every source of `stage`; `for` is the key it is listed under, if not the first."""
     block = recipe.stages[stage]
+    if isinstance(block, Classify):
+        return glue.fingerprints(recipe, stage)
     first, *others = KINDS[block.kind].sources
     listed: list[tuple[Source, dict[str, str]]] = [(source, {}) for source in sources(block, first)]
     listed += [(source, {"for": key}) for key in others for source in sources(block, key)]

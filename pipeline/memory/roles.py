@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.config.glue import TASKS
 from pipeline.config.kinds import estimators
 from pipeline.config.methods import METHODS
 from pipeline.config.recipe import BASE, Recipe
-from pipeline.config.schema import Adapter, Base, Evaluate, Ppo, Reward, Stage, reward_stages
+from pipeline.config.schema import Adapter, Base, Classify, Evaluate, Ppo, Reward, Stage, reward_stages
 
 
 @dataclass(frozen=True)
 class Role:
     """One model a stage works with. Roles with equal `weights`, `quantization` and kind of adapter share one copy of them.
 
-    `model` is the base whose config.json gives the shape; a role that does not speak has a score head in place of the
-    output head; `adapter` is None where the weights themselves are the role's. `head_only` trains that head and nothing
+    `model` is the base whose config.json gives the shape; a role that does not speak has a head of `outputs` scores in place
+    of the output head; `adapter` is None where the weights themselves are the role's. `head_only` trains that head and nothing
     below it, on another role's hidden states.
     """
 
@@ -28,6 +29,7 @@ class Role:
     adapter: Adapter | None
     trained: bool
     head_only: bool = False
+    outputs: int = 1
 
     @property
     def mixes(self) -> bool:
@@ -63,9 +65,10 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
         _below(recipe, stage, start),
         _model(recipe, start, block.base),
         block.base.quantization,
-        speaks=not isinstance(block, Reward),
+        speaks=not isinstance(block, Reward | Classify),
         adapter=adapter,
         trained=True,
+        outputs=max(1, len(TASKS[block.task].labels)) if isinstance(block, Classify) else 1,
     )
     if not isinstance(block, Ppo):
         return [policy]

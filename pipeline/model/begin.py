@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,19 +43,31 @@ def base_below(context: Context, baton: Baton | None, kind: Kind, *, whole: bool
     if context.is_main and not target.is_dir():
         fresh = target.with_name(target.name + ".writing")
         shutil.rmtree(fresh, ignore_errors=True)
-        load.materialise(block.base, baton, fresh, kind="classifier" if baton.manifest["kind"] == "reward" else kind)
+        kept = "causal" if block.kind == "classify" else kind  # a policy has no head of its classes yet
+        load.materialise(block.base, baton, fresh, kind="classifier" if baton.manifest["kind"] == "reward" else kept)
         os.rename(fresh, target)
     dist.barrier()
     return block.base.model_copy(update={"model": str(target), "revision": None}), None
 
 
 def model(
-    context: Context, baton: Baton | None, tok: Any, kind: Kind, *, sharded: bool, steps: int
+    context: Context,
+    baton: Baton | None,
+    tok: Any,
+    kind: Kind,
+    *,
+    sharded: bool,
+    steps: int,
+    labels: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
-    """The model a stage trains for `steps` optimizer steps, adapter attached, and the manifest's record of its base."""
+    """The model a stage trains for `steps` optimizer steps, adapter attached, and the manifest's record of its base. `labels`
+    are a classifier's classes."""
     block = context.block
     below, adapter = base_below(context, baton, kind)
-    base = (load.causal if kind == "causal" else load.classifier)(below, tok, sharded=sharded)
+    if kind == "causal":
+        base = load.causal(below, tok, sharded=sharded)
+    else:
+        base = load.classifier(below, tok, sharded=sharded, labels=labels)
     record = base_record(below)
     if block.adapter.is_full:
         return base, record

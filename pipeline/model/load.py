@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,9 +90,11 @@ def eos_ids(model: Any) -> list[int]:
     return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 
 
-def classifier(base: Base, tok: Any, *, sharded: bool) -> Any:
-    """A sequence classifier with one label (the score); a head that `base` does not hold is drawn from torch's generator."""
-    model = _load(AutoModelForSequenceClassification, base, sharded, num_labels=1)
+def classifier(base: Base, tok: Any, *, sharded: bool, labels: Sequence[str] = ()) -> Any:
+    """A sequence classifier of `labels`, or with one output (the score); a head that `base` does not hold is drawn from
+    torch's generator."""
+    named = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
+    model = _load(AutoModelForSequenceClassification, base, sharded, **(named if labels else {"num_labels": 1}))
     _fit(model, tok)
     return model
 

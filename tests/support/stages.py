@@ -12,6 +12,7 @@ PROGRAMS = {
     "reward": "stages.reward:reward",
     "ppo": "stages.ppo.__main__:ppo",
     "evaluate": "stages.evaluate.__main__:evaluate",
+    "classify": "stages.classify:classify",
 }
 
 
