@@ -101,8 +101,11 @@ class Allocation:
     def __init__(self, model: PeftModel, name: str = "default", first: int = 0) -> None:
         self.model, self.name, self.first = model, name, first
         ends = tuple(f".{matrix}.{name}" for matrix in MATRICES)
-        inner = model.base_model.model
-        self.parameters = {n: p for n, p in inner.named_parameters() if n.endswith(ends)}
+        inner = dict(model.base_model.model.named_parameters())
+        self.parameters = {n: p for n, p in inner.items() if n.endswith(ends)}
+        for path, parameter in inner.items():
+            if path.endswith(f".ranknum.{name}"):  # a number, which PEFT lets train once it is not float32
+                parameter.requires_grad_(False)
         settings = model.peft_config[name]
         settings.total_step -= first
         _check_room(settings.tinit, settings.tfinal, settings.total_step)
