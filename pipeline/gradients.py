@@ -40,9 +40,8 @@ def add(parameter: Any, extra: Tensor) -> None:
     if hasattr(parameter, "ds_id"):
         own = safe_get_local_grad(parameter)
         safe_set_local_grad(parameter, own + _own_part(parameter, extra).to(own))
-    elif (
-        getattr(parameter, "_hp_grad", None) is not None
-    ):  # bf16 weights, float32 accumulation, ZeRO-1: all on each rank
+    elif getattr(parameter, "_hp_grad", None) is not None:
+        # ZeRO-1 of bf16 weights with float32 accumulation: whole on every rank.
         parameter._hp_grad.add_(extra.reshape(parameter._hp_grad.shape))
     elif mapping is not None:
         own, address = mapping.get_lp_grad_fragment(parameter._index_in_param_group), mapping.lp_fragment_address

@@ -101,8 +101,11 @@ class Allocation:
     def __init__(self, model: PeftModel, name: str = "default", first: int = 0) -> None:
         self.model, self.name, self.first = model, name, first
         ends = tuple(f".{matrix}.{name}" for matrix in MATRICES)
-        inner = model.base_model.model
-        self.parameters = {n: p for n, p in inner.named_parameters() if n.endswith(ends)}
+        inner = dict(model.base_model.model.named_parameters())
+        self.parameters = {n: p for n, p in inner.items() if n.endswith(ends)}
+        for path, parameter in inner.items():
+            if path.endswith(f".ranknum.{name}"):  # a number, which PEFT lets train once it is not float32
+                parameter.requires_grad_(False)
         settings = model.peft_config[name]
         settings.total_step -= first
         _check_room(settings.tinit, settings.tfinal, settings.total_step)
@@ -153,8 +156,9 @@ class Allocation:
         """Update the statistics, and mask singular values when the schedule says so. Collective under ZeRO-3."""
         if number < self.first:
             return
-        with _available(self.parameters.values()):
-            if self._watches(number) and engine.was_step_applied():
+        watches = self._watches(number) and engine.was_step_applied()
+        with _available([p for n, p in self.parameters.items() if watches or f".lora_E.{self.name}" in n]):
+            if watches:
                 self.budget.update_ipt(self.budget.named)
             self.budget.gradients = {}
             self._mask(number - self.first)
@@ -231,7 +235,7 @@ class _Budget(RankAllocator):
         super().__init__(self.named, settings, name)
 
     def update_ipt(self, model: Any) -> None:
-        """Equations 9 to 11: sensitivity |w dL/dw|, its running mean, and the running mean of its distance to that mean."""
+        """Section 3.2: sensitivity |w dL/dw|, its running mean, and the running mean of its distance to that mean."""
         for name, parameter in model.named_parameters():
             sensitivity = (parameter.float() * self.gradients[name]).abs()
             mean = self.exp_avg_ipt.get(name, torch.zeros_like(sensitivity))

@@ -13,8 +13,16 @@ from tests.distributed.cases import _collected, _weights
 from tests.support.stages import barrier
 
 
-def trained(zero: str, target: str, dtype: str = "fp32", **changes: Any) -> dict[str, Any]:
-    """Train `reference`'s model on these ranks, two micro-batches a step; rank 0 saves weights and masters to `target`."""
+def trained(
+    zero: str,
+    target: str,
+    dtype: str = "fp32",
+    max_grad_norm: float = 0.0,
+    accumulate: str | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Train `reference`'s model on these ranks, two micro-batches a step; rank 0 saves weights and masters to `target`.
+    `accumulate` is the dtype in which DeepSpeed accumulates gradients, and `changes` are laid over its ZeRO settings."""
     import deepspeed
 
     from pipeline import engine
@@ -27,7 +35,9 @@ def trained(zero: str, target: str, dtype: str = "fp32", **changes: Any) -> dict
     allocation = Allocation(peft)
     config = json.loads((DS_CONFIGS / f"{zero}.json").read_text())
     config["zero_optimization"] = {**config.get("zero_optimization", {}), **changes}
-    config = engine.overlay(config, dtype=dtype, micro_batch=2, accumulation=2, max_grad_norm=0.0)
+    config = engine.overlay(config, dtype=dtype, micro_batch=2, accumulation=2, max_grad_norm=max_grad_norm)
+    if accumulate:
+        config["data_types"] = {"grad_accum_dtype": accumulate}
     optimizer = torch.optim.SGD([p for p in peft.parameters() if p.requires_grad], lr=reference.RATE)
     started = engine.initialize(peft, optimizer, config)
     allocation.follow(started, lambda: started.global_steps)

@@ -75,21 +75,16 @@ def factors(weights: dict[str, torch.Tensor], factor: str, role: str = "") -> to
     return torch.cat([w.flatten() for n, w in sorted(weights.items()) if factor in n and role in n])
 
 
-@pytest.mark.parametrize(("stage", "zero"), [("sft", "zero2"), ("reward", "zero3")])
-def test_first_update_of_trl_s_stages(ranks: Get, tiny_llama: Path, tmp_path: Path, stage: str, zero: str) -> None:
+def test_first_update_of_trl_s_stages(ranks: Get, tiny_llama: Path, tmp_path: Path) -> None:
     """Adam's first step moves a weight by the learning rate. Second factors start at 0, so that the first ones have no
     gradient yet: with and without LoRA+ they are the same, and the second factors' sizes are as the ratio."""
     found = {}
     for name, ratio in (("plain", None), ("plus", RATIO)):
-        changes: dict[str, Any] = {
-            f"stages__{stage}__{key}": v for key, v in {"steps": 1, "warmup": 0, "lr": 1e-3}.items()
-        }
-        recipe = tiny.recipe(
-            tmp_path / f"{name}.yaml", tiny_llama, adapter__lr_ratio=ratio, deepspeed__config=zero, **changes
-        )
+        changes: dict[str, Any] = {f"stages__sft__{key}": v for key, v in {"steps": 1, "warmup": 0, "lr": 1e-3}.items()}
+        recipe = tiny.recipe(tmp_path / f"{name}.yaml", tiny_llama, adapter__lr_ratio=ratio, **changes)
         run = tmp_path / name
-        ranks(2).call("tests.support.stages:run", recipe=str(recipe), stage=stage, run_dir=str(run))
-        found[name] = load_file(run / stage / "output" / "adapter_model.safetensors")
+        ranks(2).call("tests.support.stages:run", recipe=str(recipe), stage="sft", run_dir=str(run))
+        found[name] = load_file(run / "sft" / "output" / "adapter_model.safetensors")
     assert torch.equal(factors(found["plain"], "lora_A"), factors(found["plus"], "lora_A"))
     assert factors(found["plain"], "lora_B").abs().median() == pytest.approx(1e-3, rel=1e-2)
     assert factors(found["plus"], "lora_B").abs().median() == pytest.approx(RATIO * 1e-3, rel=1e-2)
@@ -104,7 +99,7 @@ def test_second_factors_follow_the_schedule_in_trl_s_stages(ranks: Get, tiny_lla
     assert not factors(load_file(tmp_path / "run/sft/output/adapter_model.safetensors"), "lora_B").any()
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3", "zero2_offload"])
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_rates_and_one_norm_in_ppo(ranks: Get, published: tuple[Path, Path], tmp_path: Path, zero: str) -> None:
     """Plain gradient descent shows the clipped gradient: change / rate. Its norm over both groups is the limit, and the
     reported norm is that of the gradient without LoRA+."""
