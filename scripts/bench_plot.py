@@ -1,4 +1,4 @@
-"""A scatter plot as SVG: named points on a logarithmic axis, one panel for each quantity. No library draws for a page of text."""
+"""A scatter plot as SVG: named points on a logarithmic axis, one panel for each quantity."""
 
 from __future__ import annotations
 

@@ -192,21 +192,29 @@ def _transposed(model: Any) -> bool:
 def attach(model: Any, adapter: Adapter, task: str, name: str = "default", steps: int | None = None) -> Any:
     """`model` with a fresh adapter `name`, in the base's dtype: DeepSpeed holds float32 master weights of what trains."""
     built = config(adapter, model, task, steps)
-    wrapped = get_peft_model(model, built, adapter_name=name, autocast_adapter_dtype=False)
+    wrapped = add(model, built, name)
     if adapter.method == "pissa":
         pissa.remember(wrapped, name)
     return wrapped
 
 
 def add(model: Any, config: PeftConfig, name: str) -> Any:
-    """`model`, plain or with adapters already, with one more fresh adapter."""
+    """`model`, plain or with adapters already, with one more fresh adapter in the base's dtype."""
     if not isinstance(model, PeftModel):
-        return get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+        return _in_base_dtype(get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False), name)
     kept = {key: dict(getattr(model.base_model, key, {}).items()) for key in ("vera_A", "vera_B")}
     model.add_adapter(name, config, autocast_adapter_dtype=False)
     for key, factors in kept.items():  # PEFT forgets those of the adapters before
         for other, value in factors.items():
             getattr(model.base_model, key)[other] = value
+    return _in_base_dtype(model, name)
+
+
+def _in_base_dtype(model: PeftModel, name: str) -> PeftModel:
+    """PEFT takes an adapter's dtype from the layer it is on, and float32 where that holds packed bytes."""
+    dtype = model.get_base_model().get_input_embeddings().weight.dtype
+    for parameter in trained(model, name):
+        parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -165,6 +165,8 @@ METHODS: dict[str, Method] = {
         "for few examples; the smallest that merges",
         "IA3",
         {"modules": {}},
+        four_bit=False,
+        why="PEFT's 4-bit layer for it answers in float32, which attention does not take beside bf16",
     ),
     "oft": Method(
         "Qiu et al. 2023, arXiv 2306.07280",
@@ -193,8 +195,6 @@ METHODS: dict[str, Method] = {
         "out per linear layer, d per norm with a bias",
         "as a cheap baseline, on models with biases",
         "BITFIT",
-        mergeable=False,
-        why="its biases have no place in an architecture without them",
     ),
     "adapter_houlsby": Method(
         "Houlsby et al. 2019, arXiv 1902.00751",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from pipeline.config.methods import METHODS
 from pipeline.config.recipe import Recipe
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Evaluate, Ppo, Reward, Sampling, Sft, Stage, Supervised
@@ -109,7 +110,7 @@ def estimate(
     `merged` counts the copy of the policy's weights that rollouts with a merged adapter take; `sampling.adapter: merged`
     counts it in any case.
     """
-    block = recipe.stages[stage]
+    block = _with_virtual_tokens(recipe.stages[stage])
     engine = Engine.of(recipe, stage, BYTES[block.base.dtype], _accumulation(block), cpu=kind == "cpu")
     held = _held(recipe, stage, engine, configs)
     base = Parts(weights=held.weights, adapters=held.adapters, framework=FRAMEWORK[kind])
@@ -122,7 +123,9 @@ def estimate(
     groups, trained = held.groups, held.trained
     average = 4.0 * held.policy if engine.cpu and isinstance(block, Ppo) and block.ema_decay else 0.0
     phases["setting up"] = base.plus(optimizer=engine.setting_up(groups))
-    base = base.plus(gradients=engine.held(trained), optimizer=engine.resident(trained) + average)
+    # AdaLoRA's two running means of every weight's importance, in float32 and whole on every rank.
+    statistics = 8.0 * trained if block.adapter.method == "adalora" else 0.0
+    base = base.plus(gradients=engine.held(trained), optimizer=engine.resident(trained) + average + statistics)
     if isinstance(block, Ppo):
         slots, micro = block.rollout_batch // block.deepspeed.ranks, _micro(block)
         copied = base.plus(copy=_copy(block, held, engine)) if merged or block.sampling.adapter == "merged" else base
@@ -142,6 +145,18 @@ def estimate(
     if engine.cpu:
         phases["publishing"] = base.plus(weights=held.policy * engine.size)  # gathered whole on the first rank
     return Need(held.parameters, trained, phases)
+
+
+def _with_virtual_tokens(block: Stage) -> Stage:
+    """`block` with texts as much longer as its adapter puts tokens before them."""
+    if not METHODS[block.adapter.method].prefixed:
+        return block
+    more = block.adapter.num_virtual_tokens
+    if isinstance(block, Supervised):
+        return block.model_copy(update={"max_length": block.max_length + more})
+    assert isinstance(block, Ppo | Evaluate)
+    longer = {"max_prompt_length": block.sampling.max_prompt_length + more}
+    return block.model_copy(update={"sampling": block.sampling.model_copy(update=longer)})
 
 
 def _held(recipe: Recipe, stage: str, engine: Engine, configs: Path | None) -> Held:

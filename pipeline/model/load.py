@@ -221,6 +221,8 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
     """
     from peft import PeftConfig, PeftModel
 
+    from pipeline.adapters.bitfit import unwritable_biases
+
     tok = AutoTokenizer.from_pretrained(str(baton.path))
     record = baton.manifest["base"]
     held = base.model_copy(
@@ -239,5 +241,12 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
             below = below.dequantize()
         model = PeftModel.from_pretrained(below.float(), str(baton.path), config=config)
     merged = model.merge_and_unload().to(DTYPES[base.dtype])
+    if lost := unwritable_biases(merged):
+        raise UserError(
+            str(baton.path),
+            f"merged, it has biases that {type(merged).__name__} has no place for: {lost[0]} and {len(lost) - 1} more",
+            expected="an adapter whose weights the base's architecture holds",
+            fix=f"train stage {baton.manifest['stage']} with `adapter: {{method: lora}}`",
+        )
     merged.save_pretrained(target)
     tok.save_pretrained(target)

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from pipeline.adapters import build
+from pipeline.adapters.bitfit import unwritable_biases
 from pipeline.config.fitting import CONV1D
 from pipeline.config.methods import METHODS
 from pipeline.config.schema import Sampling
@@ -164,6 +166,33 @@ def test_published_files_open_without_relays_roles(case: Case, tmp_path: Path) -
         build.put(going_on, "next", build.read(tmp_path)[0])
         found = going_on(input_ids=tokens, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_merging_gives_the_same_model(case: Case, tmp_path: Path) -> None:
+    """Of a method that merges, the merged model says what the adapter on its base says, also when read from disk; of others
+    merging is refused."""
+    roles = case.roles
+    trunk, tokens = roles.trunks["policy"], rows(PROMPTS[1:2])
+    state = {n: p.detach() for n, p in trunk.named_parameters() if build.belongs(n, "policy")}
+    state |= dict(build.factors(trunk, "policy"))
+    (tmp_path / "adapter").mkdir()
+    build.write(trunk, "policy", state, tmp_path / "adapter", "base")
+    opened = PeftModel.from_pretrained(tiny.build(case.family, **STILL.get(case.family, {})), str(tmp_path / "adapter"))
+    if not METHODS[case.method].mergeable:
+        with pytest.raises(ValueError, match="merge"):
+            opened.merge_and_unload()
+        return
+    with torch.no_grad():
+        expected = opened.eval()(input_ids=tokens, use_cache=False).logits
+        merged = opened.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=tokens, use_cache=False).logits, expected, atol=1e-4, rtol=1e-5)
+        if case.method == "bitfit" and unwritable_biases(merged):
+            # Qwen2 has no place for them, nor OPT where embeddings are projected: `load.materialise` refuses it.
+            assert case.family in ("qwen2", "opt")
+            return
+        merged.save_pretrained(tmp_path / "merged")
+        read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(read(input_ids=tokens, use_cache=False).logits, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_recomputed_activations_give_the_same_gradients(case: Case) -> None:

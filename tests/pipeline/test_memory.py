@@ -479,3 +479,24 @@ def test_only_visible_gpus_count(tiny: str, tmp_path: Path, monkeypatch: pytest.
     assert memory.device(recipe, "sft").bytes == 24 * GIB
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert memory.device(recipe, "sft").bytes == 2 * GIB
+
+
+def test_virtual_tokens_lengthen_every_text(tmp_path: Path) -> None:
+    """20 virtual tokens before prompts of 256: keys and values of 20 columns more in every slot, rounded up to 16."""
+    prompt = need(tmp_path, "ppo", QWEN, adapter={"method": "prompt_tuning", "num_virtual_tokens": 20})
+    plain = need(tmp_path, "ppo", QWEN, adapter={"method": "p_tuning_v2", "num_virtual_tokens": 20})
+    assert prompt.phases["rollout"].cache / plain.phases["rollout"].cache == pytest.approx(
+        columns(256 + 20 + 256) / columns(256 + 256)
+    )
+
+
+def columns(tokens: int) -> int:
+    return -(-(tokens - 1) // 16) * 16
+
+
+def test_adalora_holds_two_means_for_every_weight(tmp_path: Path) -> None:
+    adalora = need(tmp_path, "sft", QWEN, adapter={"method": "adalora", "init_r": 16, "target_r": 8})
+    assert adalora.trained == QWEN_LORA + 24 * 7 * 16
+    lora = need(tmp_path, "sft", QWEN, adapter={"method": "lora", "r": 16})
+    extra = adalora.phases["backward"].optimizer - lora.phases["backward"].optimizer
+    assert extra == pytest.approx(8 * adalora.trained + (adalora.trained - lora.trained) * 12)
