@@ -134,7 +134,18 @@ LoRA, AdaLoRA or VeRA adapter; a PiSSA adapter is published as one.
 
 def methods() -> str:
     """docs/methods.md."""
-    can = ("identity", "mergeable", "additive", "mixed", "zero3", "four_bit", "conv1d", "shared", "continued")
+    can = (
+        "identity",
+        "mergeable",
+        "additive",
+        "mixed",
+        "zero3",
+        "four_bit",
+        "four_bit_zero3",
+        "conv1d",
+        "shared",
+        "continued",
+    )
     titles = (
         "starts as identity",
         "merges",

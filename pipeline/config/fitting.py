@@ -33,8 +33,12 @@ def check_method(recipe: Recipe, stage: str, deepspeed: dict[str, Any]) -> None:
         )
     if block.base.quantization and not method.four_bit:
         raise UserError(where, f"{adapter.method} on a 4-bit base: {method.why}", fix=fix)
-    if deepspeed.get("zero_optimization", {}).get("stage", 0) == 3 and not method.zero3:
-        raise UserError(where, f"{adapter.method} under ZeRO-3: {method.why}", fix=f"{fix}, or use zero2")
+    if deepspeed.get("zero_optimization", {}).get("stage", 0) == 3:
+        if not method.zero3:
+            raise UserError(where, f"{adapter.method} under ZeRO-3: {method.why}", fix=f"{fix}, or use zero2")
+        if block.base.quantization and not method.four_bit_zero3:
+            found = f"{adapter.method} on a 4-bit base under ZeRO-3: {method.why}"
+            raise UserError(where, found, fix=f"{fix}, or use zero2")
     if config.get("model_type") in CONV1D and not method.conv1d:
         raise UserError(where, f"{adapter.method} on {config['model_type']}: {method.why}", fix=fix)
     if isinstance(block, Ppo):

@@ -36,7 +36,7 @@ class Method:
     - mergeable: its weights can become part of the base's, so that a stage of another method can build on it
     - additive: merging adds a matrix to each adapted weight, so that rollouts may use a merged copy
     - mixed: roles on one base read one batch together, each row with its adapter
-    - zero3, four_bit: works on weights that ZeRO-3 shards, and on nf4 weights
+    - zero3, four_bit, four_bit_zero3: works on weights that ZeRO-3 shards, on nf4 weights, and on nf4 weights under ZeRO-3
     - conv1d: works on GPT-2's layers, which are transposed
     - shared: several roles can have such an adapter on one copy of the base
     - continued: the next stage can go on training a copy of the adapter
@@ -58,6 +58,7 @@ class Method:
     mixed: bool = False
     zero3: bool = True
     four_bit: bool = True
+    four_bit_zero3: bool = True
     conv1d: bool = True
     shared: bool = True
     continued: bool = True
@@ -114,6 +115,8 @@ METHODS: dict[str, Method] = {
         "for small ranks, where LoRA falls short of full fine-tuning; slower",
         "LORA",
         LORA,
+        four_bit_zero3=False,
+        why="it reads the packed weights itself, which ZeRO-3 does not expect",
     ),
     "pissa": Method(
         "Meng et al. 2024, arXiv 2404.02948",

@@ -33,6 +33,11 @@ class Whole:
                 self.tuned[plain] = layer
                 self.model.set_submodule(name, plain)
 
+    @staticmethod
+    def possible(model: Any) -> bool:
+        """Whether every adapter of `model` adds a matrix to a weight that can be told; PEFT's 4-bit AdaLoRA cannot tell it."""
+        return all(hasattr(layer, "get_delta_weight") for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+
     @contextmanager
     def of(self, adapter: str | None, *, sharded: bool) -> Iterator[Any]:
         """The model with the weights as they are now, `adapter` (or none) merged: a copy of each adapted layer's, and of all

@@ -240,8 +240,9 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
         if held.quantization is not None:  # what the adapter was trained on are the quantised weights' values
             below = below.dequantize()
         model = PeftModel.from_pretrained(below.float(), str(baton.path), config=config)
-    merged = model.merge_and_unload().to(DTYPES[base.dtype])
-    if lost := unwritable_biases(merged):
+        merged = model.merge_and_unload().to(DTYPES[base.dtype])
+        lost = unwritable_biases(merged)
+    if lost:
         raise UserError(
             str(baton.path),
             f"merged, it has biases that {type(merged).__name__} has no place for: {lost[0]} and {len(lost) - 1} more",

@@ -26,6 +26,7 @@ from pipeline.config.schema import Base, Ppo
 from pipeline.data import encode
 from pipeline.data.split import Split, load
 from pipeline.errors import UserError
+from pipeline.generation.whole import Whole
 from pipeline.model import begin
 from pipeline.model.assemble import assemble, plain
 from pipeline.model.load import eos_ids, tokenizer
@@ -170,6 +171,7 @@ def copies(context: Context, block: Ppo, roles: Roles) -> bool:
         room = False  # a family of models that the plan does not count
     adapted = roles.roles["policy"].adapter is not None
     needed = METHODS[block.adapter.method].additive if adapted else roles.sharded
+    needed = needed and Whole.possible(roles.trunks[roles.roles["policy"].trunk])
     return needed and (block.sampling.adapter == "merged" or (block.sampling.adapter == "auto" and room))
 
 

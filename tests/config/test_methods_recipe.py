@@ -101,6 +101,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "stages.sft.adapter.method",
         ["ln_tuning under ZeRO-3", "a shard has nothing to copy", "write `method: bitfit`, or use zero2"],
     ),
+    "4-bit base under ZeRO-3": (
+        {
+            "adapter": {"method": "dora"},
+            "base": {"model": "base", "quantization": "nf4"},
+            "deepspeed__config": "zero3",
+        },
+        "stages.sft.adapter.method",
+        ["dora on a 4-bit base under ZeRO-3", "write `method: lora`, or use zero2"],
+    ),
     "transposed layers": (
         {"family": "gpt2", "adapter": {"method": "oft"}},
         "stages.sft.adapter.method",

@@ -21,16 +21,16 @@ from tests.support.methods import adapter
 ROWS = [[7, 12, 33, 41], [5, 90, 6, 8], [64, 11, 23, 52], [31, 4, 9, 27]]
 
 
-def train(base: str, methods: list[str], stage: int, target: str) -> None:
+def train(base: str, methods: list[str], stage: int, target: str, packed: bool = False) -> None:
     """For each method, three SGD steps on this rank's share of four rows, from a base that is sharded while it loads under
-    ZeRO-3. Rank 0 writes the adapters as they are then to `target`."""
+    ZeRO-3, or `packed` in 4 bits. Rank 0 writes the adapters as they are then to `target`."""
     engine.start(0)
-    found = {method: _train(base, method, stage) for method in methods}
+    found = {method: _train(base, method, stage, packed) for method in methods}
     if int(os.environ["RANK"]) == 0:
         torch.save(found, target)
 
 
-def _train(base: str, method: str, stage: int) -> dict[str, Tensor]:
+def _train(base: str, method: str, stage: int, packed: bool) -> dict[str, Tensor]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": len(ROWS) // world,
@@ -39,10 +39,13 @@ def _train(base: str, method: str, stage: int) -> dict[str, Tensor]:
         "steps_per_print": 10**9,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
+    if packed:
+        settings["bf16"] = {"enabled": True}
     sharding = HfDeepSpeedConfig(settings) if stage == 3 else None  # while it lives, weights are sharded as they load
     tok = load.tokenizer(base)
-    plain = load.causal(Base(model=base, dtype="fp32"), tok, sharded=stage == 3)
-    assert all(hasattr(p, "ds_id") for p in plain.parameters()) == (stage == 3)
+    held = Base(model=base, dtype="bf16", quantization="nf4") if packed else Base(model=base, dtype="fp32")
+    plain = load.causal(held, tok, sharded=stage == 3)
+    assert packed or all(hasattr(p, "ds_id") for p in plain.parameters()) == (stage == 3)
     torch.manual_seed(1)
     model = build.attach(plain, adapter(method), "CAUSAL_LM", name="policy", steps=3).train()
     trained = build.trained(model, "policy")

@@ -19,20 +19,22 @@ Get = Callable[[int], Ranks]
 ALONE = [m for m in METHODS if m not in ("full", "qlora", "adalora")]
 """Methods on whole weights; AdaLoRA, whose ranks move, has tests of its own."""
 
-CHAINS = [
-    ("dora", 1),
-    ("pissa", 3),
-    ("vera", 2),
-    ("ia3", 3),
-    ("oft", 1),
-    ("ln_tuning", 2),
-    ("bitfit", 3),
-    ("p_tuning", 2),
-    ("mam", 3),
-    ("unipelt", 1),
-    ("loreft", 2),
+NF4 = {"base__quantization": "nf4", "base__dtype": "bf16"}
+CHAINS: list[tuple[str, int, dict[str, Any]]] = [
+    ("dora", 1, {}),
+    ("pissa", 3, {}),
+    ("vera", 2, {}),
+    ("ia3", 3, {}),
+    ("oft", 1, {}),
+    ("ln_tuning", 2, {}),
+    ("bitfit", 3, {}),
+    ("p_tuning", 2, {}),
+    ("mam", 3, {"stages__reward__adapter": {"method": "lora", "r": 4}}),  # PEFT puts the two on copies of their own
+    ("unipelt", 1, {}),
+    ("loreft", 2, {}),
+    ("adalora", 1, NF4),
 ]
-"""A method of each kind of adapter and a ZeRO stage; all of both are in `scripts/matrix.py`."""
+"""A method of each kind of adapter, a ZeRO stage, and what else the recipe says; all of both are in `scripts/matrix.py`."""
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +61,12 @@ def test_ranks_train_what_one_process_trains(
             torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4, msg=lambda m: f"{method} {name}: {m}")  # noqa: B023
 
 
-@pytest.mark.parametrize(("method", "zero"), CHAINS)
-def test_chain(ranks: Get, tiny_llama: Path, tmp_path: Path, method: str, zero: int) -> None:
+@pytest.mark.parametrize(("method", "zero", "more"), CHAINS)
+def test_chain(ranks: Get, tiny_llama: Path, tmp_path: Path, method: str, zero: int, more: dict[str, Any]) -> None:
     """SFT, reward model and PPO; what they publish reads the same in plain PEFT."""
-    recipe = str(tiny.recipe(tmp_path / "r.yaml", tiny_llama, **changes(method, zero)))
+    recipe = str(tiny.recipe(tmp_path / "r.yaml", tiny_llama, **{**changes(method, zero), **more}))
     asked = {"recipe": recipe, "run_dir": str(tmp_path / "run")}
     hashes = ranks(2).call("tests.support.stages:chain", **asked)
     assert hashes[0] == hashes[1]
     for difference in ranks(2).call("tests.distributed.cases:opens_plainly", **asked):
-        assert max(difference.values()) <= 2e-5, difference
+        assert max(difference.values()) <= (0.05 if more is NF4 else 2e-5), difference
