@@ -3,7 +3,8 @@
 python scripts/bench_scaling.py        # writes docs/results/bench_scaling.md
 
 One thread a rank, a random 15M Llama in float32, all sizes in turns. Doubling the batch or the reply should double the time;
-doubling the ranks, each with as many rows as before, should leave it.
+doubling the ranks, each with as many rows as before, should leave it. What two cores take from each other is told by two runs
+of one rank at the same time, which have nothing to do with each other.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ from scripts.compare_trl import SETTINGS, commit  # noqa: E402
 
 @dataclass(frozen=True)
 class Size:
-    """One size of update; `batch` counts the rows of all ranks."""
+    """One size of update; `batch` counts the rows of all ranks. `apart` are two runs of it at once."""
 
     name: str
     batch: int = 16
     response: int = 96
     ranks: int = 1
     ideal: float = 1.0
+    apart: bool = False
 
 
 SIZES = (
@@ -50,6 +52,7 @@ SIZES = (
     Size("four times the rows", batch=64, ideal=4.0),
     Size("twice the reply", response=192, ideal=(32 + 192) / (32 + 96)),
     Size("twice the ranks, rows each as before", batch=32, ranks=2),
+    Size("two runs of the first at once", apart=True),
 )
 
 
@@ -75,13 +78,15 @@ class Job:
         described["deepspeed"]["num_gpus"] = size.ranks
         (work / "recipe.yaml").write_text(yaml.safe_dump(described), encoding="utf-8")
         shared = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        shared |= {"WORLD_SIZE": str(size.ranks), "LOCAL_WORLD_SIZE": str(size.ranks), "MASTER_PORT": str(free_port())}
+        shared |= {"WORLD_SIZE": str(size.ranks), "LOCAL_WORLD_SIZE": str(size.ranks)}
         shared |= {"PYTHONPATH": os.pathsep.join([str(PARTS), str(HERE.parent)]), "MASTER_ADDR": "127.0.0.1"}
-        command = [sys.executable, str(PARTS / "relay_side.py"), str(work / "recipe.yaml"), str(work / "run")]
-        self.sides = [
-            Side(f"rank {rank}", command, work / f"{rank}.log", shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(size.ranks)
-        ]
+        self.sides = []
+        for run in range(2 if size.apart else 1):
+            command = [sys.executable, str(PARTS / "relay_side.py"), str(work / "recipe.yaml"), str(work / f"run{run}")]
+            port = {"MASTER_PORT": str(free_port())}
+            for rank in range(size.ranks):
+                own = shared | port | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self.sides.append(Side(f"run {run}, rank {rank}", command, work / f"{run}-{rank}.log", own))
 
     def turn(self) -> dict[str, Any]:
         """The slowest rank's facts."""

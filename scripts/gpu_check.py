@@ -160,7 +160,7 @@ def rollouts(arguments: argparse.Namespace) -> list[str]:
 def zero(arguments: argparse.Namespace) -> list[str]:
     """SFT, reward and PPO by {LoRA, QLoRA, full} x ZeRO {0, 1, 2, 3} on one rank, opened by plain transformers and PEFT."""
     out = arguments.kept / "matrix.md"
-    _run("matrix.py", "--ranks", "1", "--out", str(out))
+    _run("matrix.py", "--ranks", "1", "--methods", "lora", "qlora", "full", "--out", str(out))
     return [line for line in out.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
 
 

@@ -72,12 +72,12 @@ def main() -> None:
 def page(rows: list[str]) -> str:
     head = """# The matrix: method x ZeRO stage x ranks
 
-`python scripts/matrix.py`: SFT and reward model, two steps each, and a step of PPO on a random two-layer Llama (64 wide, float32;
-QLoRA: nf4 under bf16), CPU ranks over gloo. AdaLoRA takes four steps and two epochs, to have some to prune in; PiSSA, which PPO
-refuses, is followed by LoRA there. *Difference* is the largest one between Relay's reading of the three outputs and plain
-`PeftModel.from_pretrained` / `AutoModel…from_pretrained` reading them (log-probabilities of a text, score of a text); allowed
-are 2e-5 in float32 and 0.05 in bf16. *Seconds* are for the three stages in warm processes; the first case of each number of
-ranks also pays for importing the stack.
+`python scripts/matrix.py`: SFT and reward model, two steps each, and a step of PPO on a random two-layer Llama (64 wide,
+float32; QLoRA: nf4 under bf16), CPU ranks over gloo. AdaLoRA takes four steps and two epochs, to have some to prune in;
+PiSSA, which PPO refuses, is followed by LoRA there. *Difference* is the largest one between Relay's reading of the three
+outputs and `PeftModel.from_pretrained` / `AutoModel…from_pretrained` reading them (log-probabilities of a text, score of a
+text); allowed are 2e-5 in float32 and 0.05 in bf16. *Seconds* are for the three stages in warm processes; the first case of
+each number of ranks also pays for importing the stack.
 
 | method | ZeRO | ranks | outcome | difference | seconds | published (content hash) |
 |---|---|---|---|---|---|---|
