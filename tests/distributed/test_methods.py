@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,33 @@ def test_ranks_train_what_one_process_trains(
             torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4, msg=lambda m: f"{method} {name}: {m}")  # noqa: B023
 
 
+OFTEN = {"steps": 2, "save_every": 1, "keep_checkpoints": 9}
+
+RESUMED = ("pissa", "vera", "mam", "p_tuning", "loreft")
+"""Methods that start from more than zeros: components of the base, random factors, networks, orthonormal rows."""
+
+
 @pytest.mark.parametrize(("method", "zero", "more"), CHAINS)
 def test_chain(ranks: Get, tiny_llama: Path, tmp_path: Path, method: str, zero: int, more: dict[str, Any]) -> None:
-    """SFT, reward model and PPO; what they publish reads the same in plain PEFT."""
-    recipe = str(tiny.recipe(tmp_path / "r.yaml", tiny_llama, **{**changes(method, zero), **more}))
+    """SFT, reward model and PPO; what they publish reads the same in plain PEFT; gone on with after their first step, SFT and
+    PPO publish the same bytes."""
+    resumed = ("sft", "ppo") if method in RESUMED else ()
+    often = {f"stages__{stage}__{key}": value for stage in resumed for key, value in OFTEN.items()}
+    recipe = str(tiny.recipe(tmp_path / "r.yaml", tiny_llama, **{**changes(method, zero), **often, **more}))
     asked = {"recipe": recipe, "run_dir": str(tmp_path / "run")}
     hashes = ranks(2).call("tests.support.stages:chain", **asked)
     assert hashes[0] == hashes[1]
     for difference in ranks(2).call("tests.distributed.cases:opens_plainly", **asked):
         assert max(difference.values()) <= (0.05 if more is NF4 else 2e-5), difference
+    for stage in resumed:
+        forget_after_the_first_step(tmp_path / "run" / stage)
+        again = ranks(2).call("tests.support.stages:run", stage=stage, **asked)
+        assert again[0] == hashes[0][stage]
+
+
+def forget_after_the_first_step(stage: Path) -> None:
+    """Leave of a stage what a kill after its first step's checkpoint would have left."""
+    shutil.rmtree(stage / "output")
+    for folder in (stage / "checkpoints").glob("*-*"):
+        if folder.is_dir() and not folder.name.endswith("-1"):
+            shutil.rmtree(folder)
