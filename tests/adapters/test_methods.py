@@ -17,7 +17,7 @@ from pipeline.adapters import build
 from pipeline.adapters.bitfit import unwritable_biases
 from pipeline.config.fitting import CONV1D
 from pipeline.config.methods import METHODS
-from pipeline.config.schema import Sampling
+from pipeline.config.schema import Adapter, Sampling
 from pipeline.generation import engines
 from pipeline.memory import adapters, shape
 from pipeline.model.roles import Role, Roles
@@ -217,3 +217,16 @@ def test_recomputed_activations_give_the_same_gradients(case: Case) -> None:
     assert sum(float(g.abs().sum()) for g in plain) > 0
     for a, b in zip(plain, recomputed, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_ranks_and_scales_by_layer() -> None:
+    """A pattern names layers as PEFT does; the memory plan counts their ranks."""
+    block = Adapter(r=4, alpha=8, rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 32})
+    model = build.attach(tiny.build("llama"), block, "CAUSAL_LM", name="policy")
+    attention = model.get_base_model().model.layers[1].self_attn
+    assert attention.q_proj.lora_A["policy"].weight.shape == (8, 64)
+    assert attention.q_proj.scaling["policy"] == 32 / 8
+    assert attention.k_proj.lora_A["policy"].weight.shape == (4, 64)
+    assert attention.k_proj.scaling["policy"] == 8 / 4
+    trained = sum(parameter.numel() for parameter in build.trained(model, "policy"))
+    assert trained == adapters.trained(block, shape(model.config.to_dict(), "test"))
