@@ -256,11 +256,14 @@ def export(
     to: Annotated[Path, typer.Option("--to", help="a folder that is not there yet")],
     run_dir: RunDir = None,
     overrides: Overrides = None,
+    task: Task = None,
+    method: Method = None,
+    data: Folder = None,
 ) -> None:
     """Write a stage's adapter as a plain LoRA, for programs that know LoRA alone; refused where no LoRA equals it."""
     from pipeline.adapters.as_lora import convert
 
-    loaded, folder, _ = _open(recipe, run_dir, overrides, None)
+    loaded, folder, _ = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), None)
     if stage not in loaded.stages:
         raise UserError(f"stage {stage}", "no such stage", expected="one of: " + ", ".join(loaded.stages))
     if to.exists():

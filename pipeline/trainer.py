@@ -79,6 +79,10 @@ def arguments(context: Context, block: Supervised, steps: int) -> dict[str, Any]
         "bf16": block.base.dtype == "bf16",
         "fp16": block.base.dtype == "fp16",
         "gradient_checkpointing": block.gradient_checkpointing,
+        # ZeRO-3 gathers an adapter's weights for a recomputation only in the reentrant form.
+        "gradient_checkpointing_kwargs": {"use_reentrant": True}
+        if engine.zero_stage(config) == 3 and not block.adapter.is_full
+        else None,
         "eval_strategy": "steps" if block.eval_every else "no",
         "eval_steps": block.eval_every,
         "save_strategy": "steps",

@@ -127,46 +127,45 @@ LoRA, AdaLoRA or VeRA adapter; a PiSSA adapter is published as one.
 - **Pfeiffer's adapter** sits after the feed-forward's last layer, before the residual sum.
 - **AdaLoRA** measures importance from gradients before clipping, of all ranks together; its orthogonality term is part of
   every stage's loss, PPO's too.
-- **PiSSA** is published as a LoRA of rank 2r, B A less what was taken out of the base, on the base as it was.
-- **BitFit** gives linear layers without a bias one that starts at zero: Llama has no other.
+- **PiSSA** is published as a LoRA of rank 2r, B A less what was taken out of the base, on the base as it was: exact to the
+  precision in which the base is held.
+- **BitFit** gives linear layers without a bias one that starts at zero: Llama has no other. Merged, it needs an architecture
+  with a place for all of them: Llama, GPT-2, GPT-NeoX, and OPT whose embeddings are not projected.
 """
+
+
+def _written(value: Any) -> str:
+    """A default as a recipe would have it."""
+    return "null" if value is None else str(value)
 
 
 def methods() -> str:
     """docs/methods.md."""
-    can = (
-        "identity",
-        "mergeable",
-        "additive",
-        "mixed",
-        "zero3",
-        "four_bit",
-        "four_bit_zero3",
-        "conv1d",
-        "shared",
-        "continued",
-    )
-    titles = (
-        "starts as identity",
-        "merges",
-        "rollout copy",
-        "mixed batches",
-        "ZeRO-3",
-        "4-bit",
-        "GPT-2",
-        "PPO",
-        "continued",
-    )
+    columns = {
+        "identity": "starts as identity",
+        "mergeable": "merges",
+        "additive": "rollout copy",
+        "mixed": "mixed batches",
+        "zero3": "ZeRO-3",
+        "four_bit": "4-bit",
+        "four_bit_zero3": "4-bit and ZeRO-3",
+        "conv1d": "GPT-2",
+        "shared": "PPO",
+        "continued": "continued",
+    }
     about = ["| method | paper | what trains | trained parameters | choose it |", "|---|---|---|---|---|"]
-    caps = ["| method | " + " | ".join(titles) + " | PEFT's name | where it cannot |", "|---" * (len(can) + 3) + "|"]
+    caps = ["| method | " + " | ".join(columns.values()) + " | PEFT's name | where it cannot |"]
+    caps.append("|---" * (len(columns) + 3) + "|")
     keys = ["| method | keys and defaults |", "|---|---|"]
     for name, method in METHODS.items():
         about.append(f"| `{name}` | {method.paper} | {method.trains} | {method.parameters} | {method.choose} |")
-        able = " | ".join("yes" if getattr(method, key) else "no" for key in can)
+        able = " | ".join("yes" if getattr(method, key) else "no" for key in columns)
         why = f"{method.why}; try `{method.instead}`" if method.why else ""
         caps.append(f"| `{name}` | {able} | {method.peft} | {why} |")
-        keys.append(f"| `{name}` | " + ", ".join(f"`{k}: {v}`" for k, v in method.options.items()) + " |")
-    record = inspect.cleandoc(Method.__doc__ or "").partition("Then what it can do:")[2].strip()
+        keys.append(f"| `{name}` | " + ", ".join(f"`{k}: {_written(v)}`" for k, v in method.options.items()) + " |")
+    record = (
+        inspect.cleandoc(Method.__doc__ or "").partition("Then what it can do:")[2].partition("`instead`")[0].strip()
+    )
     parts = [
         METHODS_HEAD,
         "\n".join(about),

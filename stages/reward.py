@@ -38,7 +38,10 @@ def reward(context: Context) -> None:
 
     steps, rows = trainer.whole_batches(context, block, rows, held_out)
     arguments = RewardConfig(
-        max_length=None, center_rewards_coefficient=block.center, **trainer.arguments(context, block, steps)
+        max_length=None,
+        disable_dropout=False,  # the base's is off; what is left is the adapter's own
+        center_rewards_coefficient=block.center,
+        **trainer.arguments(context, block, steps),
     )
     zero = engine.zero_stage(arguments.deepspeed)
     model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3, steps=steps)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.adapters.build import WEIGHTS, read
 from pipeline.errors import UserError
@@ -38,7 +39,7 @@ def convert(baton: Baton, target: Path) -> None:
             fix="keep the adapter as it is; its README says how to open it",
         )
     vera = config["peft_type"] == "VERA"
-    factors = _of_vera(weights, _inputs(baton)) if vera else _of_adalora(weights, config)
+    factors = _of_vera(weights, baton) if vera else _of_adalora(weights, config)
     shutil.copytree(baton.path, target, ignore=shutil.ignore_patterns(MANIFEST, WEIGHTS, ADAPTER_CONFIG, "README.md"))
     _write(factors, head, config, target)
 
@@ -57,26 +58,27 @@ def _of_adalora(weights: Weights, config: dict[str, Any]) -> Factors:
     return found
 
 
-def _of_vera(weights: Weights, inputs: dict[str, int]) -> Factors:
-    """diag(b) B diag(d) A, every layer with its own part of the shared factors; `inputs` are the layers' widths."""
+def _of_vera(weights: Weights, baton: Baton) -> Factors:
+    """diag(b) B diag(d) A, every layer with its own part of the shared factors."""
     shared_down, shared_up = weights["base_model.vera_A"].float(), weights["base_model.vera_B"].float()
-    found = {}
-    for layer in _layers(weights, ".vera_lambda_b"):
+    layers = _layers(weights, ".vera_lambda_b")
+    inputs, found = _inputs(baton, layers), {}
+    for layer in layers:
         up, down = weights[f"{layer}.vera_lambda_b"].float(), weights[f"{layer}.vera_lambda_d"].float()
-        width = inputs[f"{layer.removeprefix('base_model.model.')}.weight"]
-        found[layer] = (down.unsqueeze(1) * shared_down[:, :width], up.unsqueeze(1) * shared_up[: len(up)])
+        found[layer] = (down.unsqueeze(1) * shared_down[:, : inputs[layer]], up.unsqueeze(1) * shared_up[: len(up)])
     return found
 
 
-def _inputs(baton: Baton) -> dict[str, int]:
-    """Columns of each matrix of the base, by the weight's name; no weight is read."""
-    record, found = baton.manifest["base"], {}
-    for file in sorted(model_folder(record["model"], record["revision"]).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                shape = weights.get_slice(name).get_shape()
-                if len(shape) == 2:
-                    found[name] = shape[1]
+def _inputs(baton: Baton, layers: list[str]) -> dict[str, int]:
+    """Columns of each layer's weight, from the base's config: the model is made without memory."""
+    record = baton.manifest["base"]
+    config = AutoConfig.from_pretrained(model_folder(record["model"], record["revision"]))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = {}
+    for layer in layers:
+        weight = model.get_submodule(layer.removeprefix("base_model.model."))
+        found[layer] = weight.nx if isinstance(weight, Conv1D) else weight.in_features
     return found
 
 

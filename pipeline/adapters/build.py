@@ -23,7 +23,7 @@ from pipeline.adapters.hybrid import HybridConfig
 from pipeline.adapters.reft import ReftConfig
 from pipeline.adapters.soft_prompt import SoftPromptConfig
 from pipeline.config.architectures import names
-from pipeline.config.fitting import check_names
+from pipeline.config.fitting import check_modules
 from pipeline.config.methods import METHODS
 from pipeline.config.schema import Adapter
 from pipeline.errors import UserError
@@ -68,7 +68,12 @@ def config(adapter: Adapter, model: Any, task: str, steps: int | None = None) ->
     train for, which AdaLoRA's schedule needs.
     """
     family = model.config.get_text_config().model_type
-    check_names(adapter, family, "adapter.modules")
+    check_modules(adapter, family, "adapter.modules")
+    if _transposed(model) and not METHODS[adapter.method].conv1d:
+        method = METHODS[adapter.method]
+        raise UserError(
+            "adapter.method", f"{adapter.method} on {family}: {method.why}", fix=f"write `method: {method.instead}`"
+        )
     where = names(family, adapter.modules)
     if adapter.method == "adalora":
         built = adalora.config(adapter, steps or 0, targets(model, adapter.targets), task)
@@ -245,10 +250,24 @@ def trained(model: Any, adapter: str) -> list[nn.Parameter]:
     ]
 
 
-def is_identity(weights: dict[str, torch.Tensor]) -> bool:
-    """Whether LoRA weights change nothing; of other kinds it is not known, and they are taken to."""
-    last = [value for name, value in weights.items() if "lora_B" in name]
-    return bool(last) and not any(value.any() for value in last)
+def is_identity(method: str, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether the weights of a method's adapter change nothing, as those of most fresh ones; where weights alone do not tell
+    (norms, ReFT) it is taken for granted."""
+    kind = METHODS[method].peft
+    last = {
+        "LORA": "lora_B",
+        "ADALORA": "lora_E",
+        "VERA": "vera_lambda_b",
+        "IA3": "ia3_l",
+        "OFT": "oft_R",
+        "BITFIT": "delta",
+        "HYBRID": "up.",
+    }.get(kind)
+    if last is None or not METHODS[method].identity:
+        return METHODS[method].identity
+    start = 1.0 if kind == "IA3" else 0.0
+    decisive = [value for name, value in weights.items() if last in name]
+    return bool(decisive) and all(bool((value == start).all()) for value in decisive)
 
 
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -274,14 +293,16 @@ def read_head(folder: Path) -> dict[str, torch.Tensor]:
 
 def factors(model: PeftModel, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     """What PEFT publishes of adapter `name` beside its parameters, by name: VeRA's random factors."""
-    for key, value in model.named_buffers(remove_duplicate=False):
-        if belongs(key, name) and ("vera_A" in key or "vera_B" in key):
-            yield key, value.detach().cpu()
+    for key in ("vera_A", "vera_B"):
+        found = getattr(model.base_model, key, {})
+        if name in found:
+            yield f"base_model.{key}.{name}", found[name].detach().cpu()
 
 
 def state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """The weights of adapter `name` as a published file has them, before DeepSpeed shards anything."""
-    return {key: value.detach().clone() for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
+    found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: value.detach().clone() for key, value in found.items()}
 
 
 def put(model: PeftModel, name: str, weights: dict[str, torch.Tensor]) -> None:

@@ -76,6 +76,9 @@ ARCHITECTURES: dict[str, Names] = {
 }
 """By `model_type` of config.json."""
 
+HOLD_BIASES = ("llama", "opt", "gpt2", "gpt_neox")
+"""Families whose config can ask for a bias on every linear layer (of OPT those whose embeddings are not projected)."""
+
 SLOTS = tuple(slot.name for slot in fields(Names))
 
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.architectures import names
+from pipeline.config.architectures import HOLD_BIASES, names
+from pipeline.config.kinds import estimators
 from pipeline.config.methods import METHODS
 from pipeline.config.schema import Adapter, Ppo, Stage, reward_stages
 from pipeline.errors import UserError
@@ -44,9 +45,14 @@ def check_method(recipe: Recipe, stage: str, deepspeed: dict[str, Any]) -> None:
     if isinstance(block, Ppo):
         _check_ppo(where, block)
     if config:
-        check_names(adapter, config["model_type"], recipe.where("stages", stage, "adapter", "modules"))
-    _check_prefix(recipe, stage, block, config)
-    _check_parents(recipe, stage, block)
+        check_modules(adapter, config["model_type"], recipe.where("stages", stage, "adapter", "modules"))
+    if config.get("attn_logit_softcapping") and prefixed(adapter.method):
+        raise UserError(
+            where,
+            f"{adapter.method} on {config['model_type']}, whose attention has a soft cap that SDPA does not compute",
+            fix="write `method: adapter_parallel`",
+        )
+    _check_parents(recipe, stage, block, config.get("model_type"))
 
 
 def _check_ppo(where: str, block: Ppo) -> None:
@@ -56,15 +62,19 @@ def _check_ppo(where: str, block: Ppo) -> None:
         raise UserError(
             where, f"{name} in PPO, whose roles share one base: {method.why}", fix=f"write `method: {method.instead}`"
         )
-    if block.sampling.adapter == "merged" and not (method.additive or block.adapter.is_full):
+    told = method.additive and not (
+        name == "adalora" and block.base.quantization
+    )  # PEFT's 4-bit AdaLoRA cannot tell it
+    if block.sampling.adapter == "merged" and not (told or block.adapter.is_full):
         raise UserError(
             where.replace("adapter.method", "sampling.adapter"),
-            f"rollouts by a merged copy, and {name} adds no matrix to the weights",
+            f"rollouts by a merged copy, and {name} adds no matrix to the weights"
+            + (" of a 4-bit base" if method.additive else ""),
             fix="write `adapter: auto`",
         )
 
 
-def check_names(adapter: Adapter, family: str, where: str) -> None:
+def check_modules(adapter: Adapter, family: str, where: str) -> None:
     """Raise UserError when a method needs names of modules that nobody knows for this family of models."""
     missing = [slot for slot in needed(adapter.method) if not names(family, adapter.modules)[slot]]
     if missing:
@@ -93,45 +103,53 @@ def needed(method: str) -> tuple[str, ...]:
     }.get(method, ())
 
 
-def _check_prefix(recipe: Recipe, stage: str, block: Stage, config: dict[str, Any]) -> None:
-    """A prefix computes attention by transformers' SDPA form, which knows no soft cap."""
-    if "query" not in needed(block.adapter.method):
-        return
-    if block.base.attn_implementation != "sdpa":
+def prefixed(method: str) -> bool:
+    """Whether the method puts keys and values before the text."""
+    return "query" in needed(method)
+
+
+def check_attention(recipe: Recipe, stage: str) -> None:
+    """Raise UserError where an adapter with a prefix, this stage's own or one it reads, meets another attention than SDPA."""
+    block = recipe.stages[stage]
+    read = [recipe.stages[name].adapter.method for name in recipe.parents(stage)]
+    methods = [*([] if block.kind == "evaluate" else [block.adapter.method]), *read]
+    found = next((method for method in methods if prefixed(method)), None)
+    if found is not None and block.base.attn_implementation != "sdpa":
         raise UserError(
             recipe.where("stages", stage, "base", "attn_implementation"),
-            f"{block.adapter.method} with {block.base.attn_implementation}",
+            f"{found} with {block.base.attn_implementation}",
             expected="sdpa, by which a prefix is attended to",
             fix="write `attn_implementation: sdpa`",
         )
-    if config.get("attn_logit_softcapping"):
-        raise UserError(
-            recipe.where("stages", stage, "adapter", "method"),
-            f"{block.adapter.method} on {config['model_type']}, whose attention has a soft cap that SDPA does not compute",
-            fix="write `method: adapter_parallel`",
-        )
 
 
-def _check_parents(recipe: Recipe, stage: str, block: Stage) -> None:
+def _check_parents(recipe: Recipe, stage: str, block: Stage, family: str | None) -> None:
     """A stage of another method builds on its parent's adapter merged into the base: it must be one that merges."""
-    starts = {key: getattr(block, key) for key in ("init", "policy") if hasattr(block, key)}
-    whole = False
-    if isinstance(block, Ppo) and block.critic.start == "reward":
-        starts["reward"] = reward_stages(*block.reward)[0]
+    starts = [(key, getattr(block, key), False) for key in ("init", "policy") if hasattr(block, key)]
+    if isinstance(block, Ppo) and estimators()[block.advantage_estimator].critic:
         whole = block.critic.kind == "model"
-    for key, name in starts.items():
+        if block.critic.start == "reward":
+            starts.append(("reward", reward_stages(*block.reward)[0], whole))
+        elif block.critic.start == "policy" and whole:
+            starts.append(("policy", block.policy, True))
+    for key, name, whole in starts:
         if name not in recipe.stages:
             continue
         parent = recipe.stages[name].adapter
-        goes_on = block.adapter.continues(parent) and not (key == "reward" and whole)
-        if not (parent.is_full or goes_on or METHODS[parent.method].mergeable):
-            raise UserError(
-                recipe.where("stages", stage, key),
-                f"{block.adapter.method} on top of {name}, whose {parent.method} adapter cannot become part of the base: "
-                f"{METHODS[parent.method].why}",
-                expected=f"{parent.method} with the same keys here, or a parent that merges",
-                fix=f"write `adapter: {{method: {METHODS[parent.method].instead}}}` in stage {name}",
-            )
+        if parent.is_full or (block.adapter.continues(parent) and not whole):
+            continue
+        method, why = METHODS[parent.method], METHODS[parent.method].why
+        if method.mergeable and parent.method == "bitfit" and family is not None and family not in HOLD_BIASES:
+            why = f"{family} has no place for all of its biases"
+        elif method.mergeable:
+            continue
+        builds = "a critic with weights of its own" if whole else block.adapter.method
+        raise UserError(
+            recipe.where("stages", stage, key),
+            f"{builds} on top of {name}, whose {parent.method} adapter cannot become part of the base: {why}",
+            expected=f"{parent.method} with the same keys here, or a parent that merges",
+            fix=f"write `adapter: {{method: {method.instead}}}` in stage {name}",
+        )
 
 
 def known_config(model: str) -> dict[str, Any]:

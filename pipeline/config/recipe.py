@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.fitting import check_method
+from pipeline.config.fitting import check_attention, check_method
 from pipeline.config.kinds import KINDS, estimators
 from pipeline.config.methods import METHODS
 from pipeline.config.schema import (
@@ -235,8 +235,11 @@ def _switched(adapter: dict[str, Any], method: Any) -> dict[str, Any]:
     """An adapter block's keys once its method is `method`: those of another kind of adapter mean nothing to it."""
     old = adapter.get("method", "lora")
     known = all(isinstance(name, str) and name in METHODS for name in (old, method))
-    kind = METHODS[old].peft if known else None
-    return dict(adapter) if old == method or (kind and kind == METHODS[method].peft) else {"method": method}
+    if old == method or not known:
+        return dict(adapter) if old == method else {"method": method}
+    alike = METHODS[old].peft and METHODS[old].peft == METHODS[method].peft
+    kept = {key: value for key, value in adapter.items() if alike and key in METHODS[method].options}
+    return {**kept, "method": method}
 
 
 def _stage(recipe: Recipe, raw: dict[str, Any], stage: str, block: Any) -> Stage:
@@ -338,8 +341,10 @@ def _check(recipe: Recipe) -> None:
                 "there is nothing to evaluate on: data.holdout is 0",
                 fix="set `data: {holdout: 0.02}`, or leave out eval_every",
             )
+        deepspeed = deepspeed_config(recipe, stage)
+        check_attention(recipe, stage)
         if block.kind != "evaluate":
-            check_method(recipe, stage, deepspeed_config(recipe, stage))
+            check_method(recipe, stage, deepspeed)
     totals: dict[str, float] = {}
     for stage, block in recipe.stages.items():
         for source in sources(block):

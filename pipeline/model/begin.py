@@ -14,8 +14,10 @@ from peft import PeftModel
 
 from pipeline import handoff
 from pipeline.adapters import build
+from pipeline.config.methods import METHODS
 from pipeline.config.schema import Base
 from pipeline.engine import gather_state
+from pipeline.errors import UserError
 from pipeline.handoff import Baton
 from pipeline.model import load
 from pipeline.stage import Context
@@ -69,6 +71,7 @@ def model(
     else:
         base = load.classifier(below, tok, sharded=sharded, labels=labels)
     record = base_record(below)
+    _check_context(context, base)
     if block.adapter.is_full:
         return base, record
     peft = build.attach(base, block.adapter, TASKS[kind], steps=steps)
@@ -78,6 +81,19 @@ def model(
         if head and kind == "classifier":
             build.put_head(peft, "default", head)
     return peft, record
+
+
+def _check_context(context: Context, model: Any) -> None:
+    """Refuse texts that with an adapter's virtual tokens before them are longer than the model's context."""
+    block, longest = context.block, getattr(context.block, "max_length", 0)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    virtual = block.adapter.num_virtual_tokens if METHODS[block.adapter.method].prefixed else 0
+    if virtual and limit is not None and longest + virtual > limit:
+        raise UserError(
+            context.recipe.where("stages", context.stage, "max_length"),
+            f"{longest} tokens and {virtual} virtual ones before them, and the model's context holds {limit}",
+            fix=f"write `max_length: {limit - virtual}`",
+        )
 
 
 def base_record(base: Base) -> dict[str, Any]:

@@ -131,7 +131,8 @@ def prepare(context: Context, block: Ppo) -> Setup:
     clipping = engine.RoleClipping(optimizer, partitioned=zero > 0)
     started = engine.initialize(roles, optimizer, config)
     models, where = reward_roles(block), context.recipe.where("stages", context.stage, "reward")
-    mixture, others = mixed_in(context, block, encoder, _holds(roles, "policy"))
+    holds = _holds(roles, "policy")
+    mixture, others = mixed_in(context, block, encoder, holds and holds - len(roles.virtual("policy")))
     trunk = f"trunks.{roles.roles['policy'].trunk}."
     policy = {n: p for n, p in roles.named_parameters() if p.requires_grad and n.startswith(trunk)}
     if not block.adapter.is_full:

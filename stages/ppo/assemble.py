@@ -39,7 +39,7 @@ def parts(context: Context) -> dict[str, Part]:
     if ESTIMATORS[block.advantage_estimator].critic:
         described["critic"] = _critic(context, policy, rewards)
     described |= rewards
-    if weights and not build.is_identity(weights):
+    if weights and not build.is_identity(block.adapter.method, weights):
         # For the canary alone: the policy's base with its adapter, which is not the identity, off; on the same trunk.
         described["base"] = Part(below)
     return described

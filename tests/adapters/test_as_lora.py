@@ -20,12 +20,12 @@ pytestmark = pytest.mark.fast
 TOKENS = torch.tensor([[7, 8, 60, 33, 2, 19]])
 
 
-def published(folder: Path, method: str) -> tuple[handoff.Baton, torch.Tensor]:
+def published(folder: Path, method: str, family: str = "llama") -> tuple[handoff.Baton, torch.Tensor]:
     """A baton of an adapter away from its start, and the logits of its model."""
     base = folder / "base"
-    tiny.build("llama").save_pretrained(base)
+    tiny.build(family).save_pretrained(base)
     torch.manual_seed(1)
-    model = build.attach(tiny.build("llama"), adapter(method), "CAUSAL_LM", steps=100).eval()
+    model = build.attach(tiny.build(family), adapter(method), "CAUSAL_LM", steps=100).eval()
     with torch.no_grad():
         for parameter in build.trained(model, "default"):
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -42,14 +42,15 @@ def published(folder: Path, method: str) -> tuple[handoff.Baton, torch.Tensor]:
     return baton, expected
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", ["lora", "pissa", "adalora", "vera"])
-def test_the_lora_gives_the_same_logits(tmp_path: Path, method: str) -> None:
-    baton, expected = published(tmp_path, method)
+def test_the_lora_gives_the_same_logits(tmp_path: Path, method: str, family: str) -> None:
+    baton, expected = published(tmp_path, method, family)
     as_lora.convert(baton, tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["peft_type"] == "LORA"
     assert not (tmp_path / "lora" / "manifest.json").exists()
-    opened = PeftModel.from_pretrained(tiny.build("llama"), str(tmp_path / "lora")).eval()
+    opened = PeftModel.from_pretrained(tiny.build(family), str(tmp_path / "lora")).eval()
     with torch.no_grad():
         torch.testing.assert_close(opened(input_ids=TOKENS, use_cache=False).logits, expected, atol=1e-4, rtol=1e-5)
 

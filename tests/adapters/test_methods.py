@@ -17,10 +17,14 @@ from pipeline.adapters import build
 from pipeline.adapters.bitfit import unwritable_biases
 from pipeline.config.fitting import CONV1D
 from pipeline.config.methods import METHODS
+from pipeline.config.recipe import load
 from pipeline.config.schema import Adapter, Sampling
+from pipeline.errors import UserError
 from pipeline.generation import engines
 from pipeline.memory import adapters, shape
+from pipeline.model import begin
 from pipeline.model.roles import Role, Roles
+from pipeline.stage import Context
 from tests.support import tiny
 from tests.support.methods import adapter
 
@@ -230,3 +234,29 @@ def test_ranks_and_scales_by_layer() -> None:
     assert attention.k_proj.scaling["policy"] == 8 / 4
     trained = sum(parameter.numel() for parameter in build.trained(model, "policy"))
     assert trained == adapters.trained(block, shape(model.config.to_dict(), "test"))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "qlora", "pissa")])
+def test_fresh_weights_are_told_from_trained_ones(method: str) -> None:
+    """What PPO's canary goes by: an adapter that changes something must show. Of norms and ReFT the weights do not tell."""
+    model = build.attach(tiny.build("llama"), adapter(method), "CAUSAL_LM", name="policy", steps=100)
+    assert build.is_identity(method, build.state(model, "policy")) == METHODS[method].identity
+    with torch.no_grad():
+        for parameter in build.trained(model, "policy"):
+            parameter.add_(0.1)
+    taken_for_granted = METHODS[method].peft in ("LN_TUNING", "REFT")
+    assert build.is_identity(method, build.state(model, "policy")) == taken_for_granted
+
+
+def test_texts_that_virtual_tokens_make_too_long_are_refused(tmp_path: Path) -> None:
+    """Tiny models hold 128 tokens: 126 and 3 virtual ones are one too many."""
+    base = tiny.model(tmp_path / "base")
+    block = {"method": "prompt_tuning", "num_virtual_tokens": 3}
+    for length, fits in ((125, True), (126, False)):
+        path = tiny.recipe(tmp_path / "r.yaml", base, adapter=block, stages__sft__max_length=length)
+        context = Context(load(path), "sft", tmp_path, 0, 1, {}, {})
+        if fits:
+            begin._check_context(context, tiny.build("llama"))
+        else:
+            with pytest.raises(UserError, match=r"3 virtual ones before them.*\n.*max_length: 125"):
+                begin._check_context(context, tiny.build("llama"))

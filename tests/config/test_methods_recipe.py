@@ -153,6 +153,39 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "stages.ppo.reward",
         ["lora on top of reward, whose loreft adapter", "in stage reward"],
     ),
+    "critic with weights of its own on a policy that does not merge": (
+        {"adapter": {"method": "mam"}, "stages__ppo__critic": {"init": "policy", "kind": "model"}},
+        "stages.ppo.policy",
+        ["a critic with weights of its own on top of sft, whose mam adapter", "in stage sft"],
+    ),
+    "biases that the family has no place for": (
+        {"family": "qwen2", "stages__sft__adapter": {"method": "bitfit"}},
+        "stages.ppo.policy",
+        ["lora on top of sft, whose bitfit adapter", "qwen2 has no place for all of its biases"],
+    ),
+    "prefix of a reward model under another attention": (
+        {
+            "stages__reward__adapter": {"method": "prefix_tuning"},
+            "stages__ppo__critic": {"init": "policy"},
+            "stages__ppo__base": {"attn_implementation": "eager"},
+        },
+        "stages.ppo.base.attn_implementation",
+        ["prefix_tuning with eager", "write `attn_implementation: sdpa`"],
+    ),
+    "a merged copy of AdaLoRA on 4 bits": (
+        {
+            "adapter": {"method": "adalora"},
+            "base": {"model": "base", "quantization": "nf4"},
+            "stages__ppo__sampling": {"adapter": "merged"},
+        },
+        "stages.ppo.sampling.adapter",
+        ["adalora adds no matrix to the weights of a 4-bit base"],
+    ),
+    "ranks that do not fall": (
+        {"adapter": {"method": "adalora", "target_r": 20}},
+        "adapter",
+        ["lowers ranks from init_r to target_r, found 12 and 20"],
+    ),
     "no room to allocate in": (
         {"adapter": {"method": "adalora", "tinit": 0.5, "tfinal": 0.6}},
         "adapter",
@@ -172,6 +205,28 @@ def test_refusal_names_the_key_the_reason_and_what_works(
     assert f"recipe r.yaml: {place}:" in message
     for word in words:
         assert word in message
+
+
+def test_without_a_critic_nothing_builds_on_the_reward_model(tmp_path: Path) -> None:
+    """Rewards that are no stage, and reward models whose adapters do not merge, go with an estimator without a critic."""
+    grpo = {"stages__ppo__advantage_estimator": "grpo", "stages__ppo__samples_per_prompt": 4}
+    load(recipe(tmp_path, stages__ppo__reward=[{"function": "package.module:score"}], **grpo))
+    load(recipe(tmp_path, stages__reward__adapter={"method": "mam"}, **grpo))
+
+
+def test_bitfit_merges_where_the_family_holds_biases(tmp_path: Path) -> None:
+    load(recipe(tmp_path, family="llama", stages__sft__adapter={"method": "bitfit"}))
+
+
+def test_switching_within_a_kind_keeps_what_both_have(tmp_path: Path) -> None:
+    path = recipe(tmp_path, adapter={"method": "mam", "bottleneck_dim": 16, "num_virtual_tokens": 7})
+    switched = load(path, ["adapter.method=prefix_tuning"]).stages["sft"].adapter
+    assert switched.model_dump() == {
+        "method": "prefix_tuning",
+        "num_virtual_tokens": 7,
+        "encoder_hidden_size": 128,
+        "modules": {},
+    }
 
 
 def test_names_that_a_recipe_gives_make_a_family_known(tmp_path: Path) -> None:
