@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -21,3 +22,9 @@ class Block(BaseModel):
 def misplaced(key: str, found: str, known: Iterable[str]) -> PydanticCustomError:
     """An error about `key` of the block being validated, whose value or place should be one of `known`."""
     return PydanticCustomError("misplaced", "{found}", {"key": key, "found": found, "known": list(known)})
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """What to write in place of a misspelt word; empty when nothing is near."""
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f"write `{match[0]}`" if match else ""

@@ -17,9 +17,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.config.block import closest
 from pipeline.config.fitting import check_attention, check_method
-from pipeline.config.kinds import KINDS, estimators
+from pipeline.config.kinds import KINDS
 from pipeline.config.methods import METHODS
+from pipeline.config.ppo import check_ppo
 from pipeline.config.schema import (
     REWARD_KEYS,
     Classify,
@@ -254,7 +256,7 @@ def _stage(recipe: Recipe, raw: dict[str, Any], stage: str, block: Any) -> Stage
             f"{where}.kind",
             f"found {kind!r}",
             expected="one of: " + ", ".join(KINDS),
-            fix=_closest(str(kind), KINDS) or f"write `kind: {next(iter(KINDS))}`",
+            fix=closest(str(kind), KINDS) or f"write `kind: {next(iter(KINDS))}`",
         )
     merged = copy.deepcopy(block)
     for key in INHERITED:
@@ -296,7 +298,7 @@ def _validate(schema: type[Any], value: Any, where: str, joint: str) -> Any:
                 place,
                 "unknown key",
                 expected="one of: " + ", ".join(known),
-                fix=_closest(keys[-1], known) or "remove it",
+                fix=closest(keys[-1], known) or "remove it",
             ) from None
         if first["type"] == "missing":
             raise UserError(place, "missing", expected=f"a value for `{keys[-1]}`", fix=f"add `{keys[-1]}:`") from None
@@ -306,7 +308,7 @@ def _validate(schema: type[Any], value: Any, where: str, joint: str) -> Any:
                 f"{place}.{key}",
                 first["ctx"]["found"],
                 expected="one of: " + ", ".join(known) if known else "",
-                fix=_closest(re.findall(r"\w+", first["ctx"]["found"])[-1], known) or ("" if known else "remove it"),
+                fix=closest(re.findall(r"\w+", first["ctx"]["found"])[-1], known) or ("" if known else "remove it"),
             ) from None
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         found = first["input"] if keys else "this block"
@@ -324,17 +326,12 @@ def _fields(schema: type[Any], keys: list[str]) -> list[str]:
     return list(schema.model_fields)
 
 
-def _closest(word: str, known: Any) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f"write `{match[0]}`" if match else ""
-
-
 def _check(recipe: Recipe) -> None:
     for stage, block in recipe.stages.items():
         _check_upstream(recipe, stage, block)
         _check_batches(recipe, stage, block)
         if isinstance(block, Ppo):
-            _check_ppo(recipe, stage, block)
+            check_ppo(recipe, stage, block)
         if getattr(block, "eval_every", None) and block.holdout == 0 and not isinstance(block, Classify):
             raise UserError(
                 recipe.where("stages", stage, "eval_every"),
@@ -398,7 +395,7 @@ def deepspeed_config(recipe: Recipe, stage: str) -> dict[str, Any]:
             where,
             f'no configuration "{name}"',
             expected="a JSON file or one of: " + ", ".join(names),
-            fix=_closest(name, names) or "give the path of a DeepSpeed JSON file",
+            fix=closest(name, names) or "give the path of a DeepSpeed JSON file",
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -435,71 +432,6 @@ def _check_batches(recipe: Recipe, stage: str, block: Stage) -> None:
                 fix=f"write a multiple of {block.minibatches}",
             )
         split(where, block.rollout_batch // block.minibatches, ranks, None)
-
-
-def _check_ppo(recipe: Recipe, stage: str, block: Ppo) -> None:
-    """What the estimator, the reward sources, the critic, the KL penalty and the signals ask of each other."""
-
-    def refuse(key: str, found: str, expected: str = "", fix: str = "") -> None:
-        raise UserError(recipe.where("stages", stage, *key.split(".")), found, expected=expected, fix=fix)
-
-    known = estimators()
-    if block.advantage_estimator not in known:
-        refuse(
-            "advantage_estimator",
-            f"found {block.advantage_estimator!r}",
-            "one of: " + ", ".join(known),
-            _closest(block.advantage_estimator, known),
-        )
-    estimator = known[block.advantage_estimator]
-    if block.samples_per_prompt < estimator.samples:
-        refuse(
-            "samples_per_prompt",
-            f"{block.advantage_estimator} compares the responses to one prompt, found {block.samples_per_prompt}",
-            f"at least {estimator.samples}",
-            "write `samples_per_prompt: 4`",
-        )
-    if (block.kl.place or estimator.kl) == "loss" and block.kl.estimator == "k1":
-        refuse(
-            "kl.estimator", "k1 in the loss has a gradient of mean zero: it would hold nothing", "k3", "leave it out"
-        )
-    if block.critic.kind == "head" and block.critic.start != "policy":
-        refuse("critic.init", "a head on the policy's states starts fresh", "policy", "leave it out")
-    if estimator.critic and block.critic.start == "reward":
-        if not reward_stages(*block.reward):
-            refuse("critic.init", "no reward stage to start the critic from", "policy or base", "write `init: policy`")
-        if block.normalize_scores:
-            refuse(
-                "normalize_scores",
-                "a critic that starts as the reward model predicts scores that are not normalised",
-                fix="write `critic: {init: policy}`, or leave out normalize_scores",
-            )
-    if block.ptx and block.ptx.batch % block.deepspeed.ranks:
-        ranks = block.deepspeed.ranks
-        refuse(
-            "ptx.batch", f"{block.ptx.batch} rows do not divide over {ranks} ranks", fix=f"write a multiple of {ranks}"
-        )
-    if block.freezing_actor_steps and not estimator.critic:
-        refuse("freezing_actor_steps", f"{block.advantage_estimator} has no critic to wait for", fix="leave it out")
-    if block.freezing_actor_steps >= block.steps:
-        refuse(
-            "freezing_actor_steps", f"the actor would wait for all {block.steps} steps", f"at most {block.steps - 1}"
-        )
-    if block.kl.target is not None and block.kl.coef == 0:
-        refuse("kl.coef", "an adaptive coefficient that starts at 0 stays there", "above 0", "write `coef: 0.05`")
-    if block.kl.target is not None and block.kl.horizon <= 0.2 * block.rollout_batch:
-        refuse(
-            "kl.horizon",
-            f"one step could take all of the coefficient away at {block.kl.horizon}",
-            "above rollout_batch / 5",
-        )
-    if "explained_variance" in block.signals.stop_on and not estimator.critic:
-        refuse("signals.stop_on", f"explained_variance is a critic's, and {block.advantage_estimator} has none")
-    if "over_optimisation" in block.signals.stop_on and not (block.gold and block.eval_every):
-        refuse("signals.stop_on", "over_optimisation compares held-out scores with a gold score", "gold and eval_every")
-    for name in block.signals.stop_on:
-        if getattr(block.signals, name) is None:
-            refuse("signals.stop_on", f"{name} has no threshold", fix=f"set signals.{name}")
 
 
 def split(where: str, batch: int, ranks: int, micro: int | None) -> tuple[int, int]:
