@@ -159,7 +159,9 @@ def methods() -> str:
     keys = ["| method | keys and defaults |", "|---|---|"]
     for name, method in METHODS.items():
         about.append(f"| `{name}` | {method.paper} | {method.trains} | {method.parameters} | {method.choose} |")
-        able = " | ".join("yes" if getattr(method, key) else "no" for key in columns)
+        both = method.four_bit and method.zero3 and method.four_bit_zero3
+        flags = [both if key == "four_bit_zero3" else getattr(method, key) for key in columns]
+        able = " | ".join("yes" if flag else "no" for flag in flags)
         why = f"{method.why}; try `{method.instead}`" if method.why else ""
         caps.append(f"| `{name}` | {able} | {method.peft} | {why} |")
         keys.append(f"| `{name}` | " + ", ".join(f"`{k}: {_written(v)}`" for k, v in method.options.items()) + " |")
