@@ -280,6 +280,8 @@ a fifth.
 - *SFT*: held-out loss in nats per token on polite-pref, 60 steps of 16; *reward*: accuracy on held-out pairs, 40 steps of 16
 - *PPO*: held-out score of the reward model after 20 steps of 64, and the KL to the policy before, in nats per reply; that
   policy and the reward model were trained in full, the same for all methods of a seed
+- AdaLoRA hardly moves in so few steps: its singular values start at 0 between factors that start small and are first made
+  orthonormal, which takes most of a clipped gradient
 - *s*: of the PPO stage, set-up included, at two cases on two cores
 - *MiB*: what training holds beside the frozen base on a random 15M Llama in float32, 8 rows of 128 tokens: tensors kept for the
   backward pass of the blocks, counted one by one, and 16 bytes for each trained parameter (weight, gradient, Adam's moments)
