@@ -54,11 +54,19 @@ def _panel(title: str, points: Points, across: str) -> list[str]:
     taken: list[tuple[float, float]] = []
     for name, count, quality in sorted(points, key=lambda point: (point[1], point[2])):
         x, y = place(count, quality)
-        label = y + 4
-        while any(abs(label - other) < 11 and abs(x - across_) < 95 for across_, other in taken):
-            label += 11  # names side by side would cover each other
+        label = _free(x, y + 4, taken, bottom)
         taken.append((x, label))
         found.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#1f77b4"/>')
         found.append(f'<path d="M{x + 3:.1f} {y:.1f}L{x + 8:.1f} {label - 4:.1f}" stroke="#999" stroke-width="0.6"/>')
         found.append(f'<text x="{x + 9:.1f}" y="{label:.1f}">{escape(name)}</text>')
     return found
+
+
+def _free(x: float, y: float, taken: list[tuple[float, float]], bottom: float) -> float:
+    """The height nearest to `y` at which a name covers no other."""
+    for step in range(40):
+        label = y + 11 * ((step + 1) // 2) * (1 if step % 2 else -1)
+        inside = TOP < label < bottom
+        if inside and not any(abs(label - other) < 11 and abs(x - place) < 95 for place, other in taken):
+            return label
+    return y
