@@ -34,12 +34,10 @@ MATRICES = ("lora_A", "lora_E", "lora_B")
 def config(adapter: Adapter, total_steps: int, targets: list[str], task: str) -> AdaLoraConfig:
     """PEFT's configuration for a training of `total_steps` optimizer steps; `task` is CAUSAL_LM or SEQ_CLS.
 
-    Raises UserError when there is no room between `tinit` and `tfinal`, or nothing to prune.
+    Raises UserError when there is no room between `tinit` and `tfinal`.
     """
     first, last = steps(adapter.tinit, total_steps), max(1, steps(adapter.tfinal, total_steps))
     _check_room(first, last, total_steps)
-    if adapter.target_r >= adapter.init_r:
-        raise UserError("adapter.target_r", f"found {adapter.target_r}", expected=f"below init_r, {adapter.init_r}")
     return AdaLoraConfig(
         init_r=adapter.init_r,
         target_r=adapter.target_r,
