@@ -8,16 +8,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support import tiny
 from tests.support.session import Ranks
 
-METHODS: dict[str, dict[str, str]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "lora": {"adapter__method": "lora"},
     "qlora": {"adapter__method": "lora", "base__quantization": "nf4", "base__dtype": "bf16"},
-    "full": {"adapter__method": "full"},
+    "full": {"adapter": {"method": "full"}},
 }
 SUBSET = [
     ("lora", 0, 1),
