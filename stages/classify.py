@@ -48,7 +48,10 @@ def classify(context: Context) -> None:
 
     arguments = TrainingArguments(**trainer.arguments(context, block, steps))
     zero = engine.zero_stage(arguments.deepspeed)
-    model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3, steps=steps, labels=task.labels)
+    longest, sharded = max(part.longest for part in rows.values()), zero == 3
+    model, base = begin.model(
+        context, parent, tok, "classifier", sharded=sharded, steps=steps, longest=longest, labels=task.labels
+    )
     allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)

@@ -44,7 +44,8 @@ def reward(context: Context) -> None:
         **trainer.arguments(context, block, steps),
     )
     zero = engine.zero_stage(arguments.deepspeed)
-    model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3, steps=steps)
+    longest = max(len(row[side]) for row in [*rows, *held_out] for side in ("chosen_ids", "rejected_ids"))
+    model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3, steps=steps, longest=longest)
     allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)

@@ -37,7 +37,8 @@ def sft(context: Context) -> None:
     steps, rows = trainer.whole_batches(context, block, rows, held_out)
     arguments = SFTConfig(max_length=None, **trainer.arguments(context, block, steps))
     zero = engine.zero_stage(arguments.deepspeed)
-    model, base = begin.model(context, parent, tok, "causal", sharded=zero == 3, steps=steps)
+    longest = max(len(row["input_ids"]) for row in [*rows, *held_out])
+    model, base = begin.model(context, parent, tok, "causal", sharded=zero == 3, steps=steps, longest=longest)
     allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)

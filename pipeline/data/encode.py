@@ -100,7 +100,7 @@ class Classified:
     `attention_mask` and `labels` (int for a class, float for regression).
 
     Each distinct piece of text is encoded and held once: many candidates may share a long passage. A row above
-    `max_length` tokens loses the end of its longest pieces; `cut` counts such rows.
+    `max_length` tokens loses the end of its longest pieces; `cut` counts such rows. `longest` is the tokens of the longest.
     """
 
     def __init__(self, tokenizer: Any, items: list[Item], max_length: int, *, classes: bool) -> None:
@@ -111,7 +111,9 @@ class Classified:
         distinct = list(dict.fromkeys(piece for item in items for piece in item.pieces))
         encoded = tokenizer(distinct, add_special_tokens=False)["input_ids"] if distinct else []
         self.ids = {text: array("i", ids) for text, ids in zip(distinct, encoded, strict=True)}
-        self.cut = sum(sum(len(self.ids[piece]) for piece in item.pieces) > self.room for item in items)
+        tokens = [sum(len(self.ids[piece]) for piece in item.pieces) for item in items]
+        self.cut = sum(count > self.room for count in tokens)
+        self.longest = min(max(tokens, default=0), self.room) + len(self.opening) + 1
 
     def __len__(self) -> int:
         return len(self.items)

@@ -60,10 +60,11 @@ def model(
     *,
     sharded: bool,
     steps: int,
+    longest: int,
     labels: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
-    """The model a stage trains for `steps` optimizer steps, adapter attached, and the manifest's record of its base. `labels`
-    are a classifier's classes."""
+    """The model a stage trains for `steps` optimizer steps on texts of up to `longest` tokens, adapter attached, and the
+    manifest's record of its base. `labels` are a classifier's classes."""
     block = context.block
     below, adapter = base_below(context, baton, kind)
     if kind == "causal":
@@ -71,7 +72,7 @@ def model(
     else:
         base = load.classifier(below, tok, sharded=sharded, labels=labels)
     record = base_record(below)
-    _check_context(context, base)
+    _check_context(context, base, longest)
     if block.adapter.is_full:
         return base, record
     peft = build.attach(base, block.adapter, TASKS[kind], steps=steps)
@@ -83,15 +84,15 @@ def model(
     return peft, record
 
 
-def _check_context(context: Context, model: Any) -> None:
+def _check_context(context: Context, model: Any, longest: int) -> None:
     """Refuse texts that with an adapter's virtual tokens before them are longer than the model's context."""
-    block, longest = context.block, getattr(context.block, "max_length", 0)
+    block = context.block
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     virtual = block.adapter.num_virtual_tokens if METHODS[block.adapter.method].prefixed else 0
     if virtual and limit is not None and longest + virtual > limit:
         raise UserError(
             context.recipe.where("stages", context.stage, "max_length"),
-            f"{longest} tokens and {virtual} virtual ones before them, and the model's context holds {limit}",
+            f"a text of {longest} tokens, and {virtual} virtual ones before it; the model's context holds {limit}",
             fix=f"write `max_length: {limit - virtual}`",
         )
 
