@@ -36,7 +36,6 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
     Parents must be published. Two equal records mean the same work.
     """
     block = recipe.stages[stage]
-    model = recipe.local(block.base.model)
     parents = {}
     for parent in recipe.parents(stage):
         manifest = handoff.read_manifest(run_dir / parent)
@@ -50,8 +49,8 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
         parents[parent] = manifest["content_hash"]
     return {
         "block": resolved(block),
-        "base": handoff.model_hash(model, block.base.revision),
-        "data": fingerprints(recipe, stage),
+        "base": handoff.model_hash(recipe.local(block.base.model), block.base.revision) if block.base else None,
+        "data": fingerprints(recipe, stage, parents),
         "shares": [recipe.interval(stage, source) for source in sources(recipe.stages[stage])],
         "parents": parents,
         "deepspeed": None if block.deepspeed.config in SHIPPED_CONFIGS else digest(deepspeed_config(recipe, stage)),

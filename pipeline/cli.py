@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pipeline import chain, handoff, launch
 from pipeline.config.kinds import KINDS
-from pipeline.config.recipe import Recipe, load, sources
+from pipeline.config.recipe import Recipe, load
 from pipeline.config.schema import Classify
 from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
@@ -105,9 +105,7 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
         handoff.open_baton(run_dir / parent)
     if isinstance(recipe.stages[stage], Classify):
         glue.places(recipe, stage)
-    for key in KINDS[recipe.stages[stage].kind].sources:
-        if sources(recipe.stages[stage], key):
-            split.load(recipe, stage, key)
+    split.check(recipe, stage, run_dir)
     redo = run_dir / stage / chain.REDO
     if again and not redo.exists():
         shutil.rmtree(run_dir / stage / "checkpoints", ignore_errors=True)
@@ -174,6 +172,10 @@ def plan(
     loaded, folder, given = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), ranks)
     for stage in loaded.order():
         block, where = loaded.stages[stage], device(loaded, stage, memory)
+        line = " ".join(["deepspeed", *launch.command(loaded, stage, folder, given)[1:]])
+        if not KINDS[block.kind].model:
+            console.print(f"[bold]{stage}[/bold] ({block.kind})  no model\n{line}\n")
+            continue
         sampling = getattr(block, "sampling", None) if block.kind == "ppo" else None
         merged = sampling is not None and sampling.adapter == "auto"
         merged = merged and merged_copy_fits(loaded, stage, where.bytes, where.kind, configs)
@@ -191,8 +193,8 @@ def plan(
             f"{where.bytes / 2**30:.2f} ({where.name})"
             + ("; with room for rollouts by a copy" if merged and need.phases["rollout"].copy else "")
         )
-        console.print(" ".join(["deepspeed", *launch.command(loaded, stage, folder, given)[1:]]) + "\n")
-    for stage in loaded.order():
+        console.print(line + "\n")
+    for stage in (name for name in loaded.order() if KINDS[loaded.stages[name].kind].model):
         check(loaded, stage, device(loaded, stage, memory), given, configs)
 
 
@@ -233,13 +235,14 @@ def show(
             show_header=False,
             title_justify="left",
         )
-        base = manifest["base"]
         table.add_row("output", str(folder / name / handoff.OUTPUT))
-        table.add_row("base", f"{base['model']}  {base['content_hash'][:12]}")
-        table.add_row(
-            "trained",
-            f"{manifest['adapter']}, ZeRO-{manifest['zero_stage']}, {manifest['world_size']} ranks, seed {manifest['seed']}",
-        )
+        if base := manifest["base"]:
+            table.add_row("base", f"{base['model']}  {base['content_hash'][:12]}")
+            table.add_row(
+                "trained",
+                f"{manifest['adapter']}, ZeRO-{manifest['zero_stage']}, {manifest['world_size']} ranks, "
+                f"seed {manifest['seed']}",
+            )
         table.add_row("parents", ", ".join(f"{p} {h[:12]}" for p, h in manifest["parents"].items()) or "none")
         for source in manifest["data"]:
             counts = ", ".join(f"{v} {k}" for k, v in source.items() if k not in ("path", "sha256"))

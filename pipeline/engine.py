@@ -11,8 +11,9 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import datasets
 import deepspeed
@@ -25,7 +26,9 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from pipeline import checkpoint, gradients
 from pipeline.config.schema import Dtype, Schedule
-from pipeline.errors import Trouble
+from pipeline.errors import Trouble, UserError
+
+Value = TypeVar("Value")
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "fp16", "bf16")
 """Keys that the recipe owns: dropped from a configuration file before the recipe's are laid over it."""
@@ -132,6 +135,27 @@ def agreed(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], Value]) -> Value:
+    """What `work` returns on rank 0, on every rank; a UserError there is raised on all. The others wait as long as it takes:
+    no collective lasts longer than a few seconds, so that none times out."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work) if dist.get_rank() == 0 else None
+        while not agreed(running is not None and bool(wait([running], timeout=2.0).done)):
+            pass
+        value, mistake = None, None
+        if running is not None:
+            try:
+                value = running.result()
+            except UserError as error:
+                mistake = (error.where, error.found, error.expected, error.fix)
+    value, mistake = agreed((value, mistake))
+    if mistake is not None:
+        raise UserError(*mistake[:2], expected=mistake[2], fix=mistake[3])
+    return cast(Value, value)
 
 
 def gather_rows(local: torch.Tensor) -> torch.Tensor:

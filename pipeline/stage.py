@@ -21,9 +21,10 @@ from types import FrameType
 from typing import Any
 
 from pipeline import chain, handoff
+from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import BASE, Recipe, load
 from pipeline.config.schema import Stage
-from pipeline.data.split import Split
+from pipeline.data.split import Counts
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, Trouble, UserError
 from pipeline.handoff import Baton
 from pipeline.launch import PARENT, STOP_FILE
@@ -80,7 +81,7 @@ class Context:
         name = getattr(self.block, key)
         return None if name == BASE else self.batons[name]
 
-    def require_held_out(self, eval_every: int | None, held_out: list[Any]) -> None:
+    def require_held_out(self, eval_every: int | None, held_out: int) -> None:
         """Refuse evaluation during training when no row is held out."""
         if eval_every and not held_out:
             raise UserError(
@@ -120,20 +121,21 @@ class Context:
         self,
         write: Callable[[Path], None],
         *,
-        base: dict[str, Any],
+        base: dict[str, Any] | None,
         method: str,
         metrics: dict[str, float],
-        split: Split,
+        counts: Counts,
         zero_stage: int,
-        others: dict[str, Split] | None = None,
+        others: dict[str, Counts] | None = None,
     ) -> None:
         """Publish on rank 0 what `write` puts into a folder, with the manifest of section 4 of the design.
 
-        `split` is the stage's data; `others` what it reads beside that, by the key that lists it.
+        `counts` say where each row of the stage's data went; `others` of what it reads beside that, by the key that lists
+        it. `base` is None for a stage without a model.
         """
         if not self.is_main:
             return
-        splits = {"": split, **(others or {})}
+        read = {"": counts, **(others or {})}
         facts = {
             "stage": self.stage,
             "kind": self.block.kind,
@@ -143,9 +145,7 @@ class Context:
             "base": base,
             "adapter": method,
             "parents": self.inputs["parents"],
-            "data": [
-                {**source, **splits[source.get("for", "")].counts[source["path"]]} for source in self.inputs["data"]
-            ],
+            "data": [{**source, **read[source.get("for", "")][source["path"]]} for source in self.inputs["data"]],
             "seed": self.block.seed,
             "world_size": self.world_size,
             "zero_stage": zero_stage,
@@ -255,10 +255,9 @@ def execute(
                 handoff.recover(run_dir / name)
         record = json.loads(json.dumps(chain.inputs(recipe, stage, run_dir)))
         batons = {parent: handoff.open_baton(run_dir / parent) for parent in recipe.parents(stage)}
-        first = next(iter(batons.values()), None)
-        for other in batons.values():
-            assert first is not None
-            handoff.check_same_tokenizer(first, other)
+        speaking = [batons[name] for name in batons if KINDS[recipe.stages[name].kind].model]
+        for other in speaking[1:]:
+            handoff.check_same_tokenizer(speaking[0], other)
         context = Context(recipe, stage, run_dir, rank, world_size, record, batons)
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, context.note)

@@ -32,19 +32,19 @@ HIDDEN = ("runtime", "per_second", "total_flos", "epoch")
 """Parts of the names of numbers that depend on the machine or repeat the step; they are not logged."""
 
 
-def whole_batches(context: Context, block: Supervised, rows: list[Any], held_out: list[Any]) -> tuple[int, list[Any]]:
-    """(optimizer steps, rows that fill whole batches): `steps`, else the batches in `epochs` passes over the rows."""
+def whole_batches(context: Context, block: Supervised, rows: int, held_out: int) -> tuple[int, int]:
+    """(optimizer steps, rows that fill whole batches) of so many `rows`: `steps`, else the batches in `epochs` passes."""
     where = context.recipe.where("stages", context.stage, "batch")
-    if len(rows) < block.batch:
+    if rows < block.batch:
         raise UserError(
             where,
-            f"a batch of {block.batch} with {len(rows)} rows",
+            f"a batch of {block.batch} with {rows} rows",
             expected="at least one whole batch",
             fix="lower `batch`, or add data",
         )
     context.require_held_out(block.eval_every, held_out)
-    kept = rows[: len(rows) // block.batch * block.batch]
-    return block.steps or max(1, math.floor(block.epochs * len(kept) / block.batch)), kept
+    kept = rows // block.batch * block.batch
+    return block.steps or max(1, math.floor(block.epochs * kept / block.batch)), kept
 
 
 def arguments(context: Context, block: Supervised, steps: int) -> dict[str, Any]:

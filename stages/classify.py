@@ -25,7 +25,6 @@ from pipeline.config.glue import TASKS, Task
 from pipeline.config.schema import Classify
 from pipeline.data import glue
 from pipeline.data.encode import Classified
-from pipeline.data.split import Split
 from pipeline.model import begin
 from pipeline.model.load import tokenizer
 from pipeline.scoring.glue import predictions, score
@@ -43,8 +42,8 @@ def classify(context: Context) -> None:
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
     data = glue.load(context.recipe, context.stage)
     first = next(iter(data.validation.values()))[: block.eval_rows]
-    steps, kept = trainer.whole_batches(context, block, data.train, first)
-    rows = encoded(context, data, tok, kept)
+    steps, kept = trainer.whole_batches(context, block, len(data.train), len(first))
+    rows = encoded(context, data, tok, data.train[:kept])
 
     arguments = TrainingArguments(**trainer.arguments(context, block, steps))
     zero = engine.zero_stage(arguments.deepspeed)
@@ -74,8 +73,7 @@ def classify(context: Context) -> None:
         tracker.log(steps, metrics)
 
     write = with_predictions(begin.writer(training.model, tok, base), task, data, said)
-    split = Split(counts=data.counts)
-    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, split=split, zero_stage=zero)
+    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, counts=data.counts, zero_stage=zero)
 
 
 def encoded(context: Context, data: glue.Data, tok: Any, train: list[glue.Item]) -> dict[str, Classified]:

@@ -19,8 +19,7 @@ from trl import RewardConfig, RewardTrainer
 from pipeline import checkpoint, engine, trainer
 from pipeline.adapters import adalora, lora_plus
 from pipeline.config.schema import Reward
-from pipeline.data import encode
-from pipeline.data.split import load
+from pipeline.data.encoded import preferences
 from pipeline.model import begin
 from pipeline.model.load import tokenizer
 from pipeline.stage import Context, main
@@ -32,11 +31,9 @@ def reward(context: Context) -> None:
     engine.start(block.seed)
 
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
-    encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
-    rows = encode.preferences(encoder, split, "train", block.max_length)
-    held_out = encode.preferences(encoder, split, "held_out", block.max_length)
+    data = preferences(context, tok, block.max_length)
 
-    steps, rows = trainer.whole_batches(context, block, rows, held_out)
+    steps, kept = trainer.whole_batches(context, block, len(data.train), len(data.held_out))
     arguments = RewardConfig(
         max_length=None,
         disable_dropout=False,  # the base's is off; what is left is the adapter's own
@@ -44,8 +41,7 @@ def reward(context: Context) -> None:
         **trainer.arguments(context, block, steps),
     )
     zero = engine.zero_stage(arguments.deepspeed)
-    longest = max(len(row[side]) for row in [*rows, *held_out] for side in ("chosen_ids", "rejected_ids"))
-    model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3, steps=steps, longest=longest)
+    model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3, steps=steps, longest=data.longest)
     allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
@@ -54,27 +50,31 @@ def reward(context: Context) -> None:
         training = RewardTrainer(
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(held_out[: block.eval_rows]) if held_out else None,
+            train_dataset=data.train.select(range(kept)),
+            eval_dataset=data.held_out.select(range(min(len(data.held_out), block.eval_rows)))
+            if data.held_out
+            else None,
             processing_class=tok,
             callbacks=trainer.callbacks(context, block, tracker, allocation),
             **lora_plus.for_trainer(model, block.adapter, block),
         )
         trainer.train(context, training, resume)
-        metrics = held_out_metrics(training.model, held_out, tok.pad_token_id, arguments.per_device_eval_batch_size)
+        metrics = held_out_metrics(
+            training.model, data.held_out, tok.pad_token_id, arguments.per_device_eval_batch_size
+        )
         tracker.log(steps, metrics)
 
     write = begin.writer(training.model, tok, base)
-    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, split=split, zero_stage=zero)
+    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, counts=data.counts, zero_stage=zero)
 
 
 @torch.no_grad()
-def held_out_metrics(model: Any, rows: list[dict[str, Any]], pad: int, batch: int) -> dict[str, float]:
+def held_out_metrics(model: Any, rows: Dataset, pad: int, batch: int) -> dict[str, float]:
     """Pairwise accuracy on held-out pairs, beside that of always preferring the longer reply (a tie counts one half).
 
     Every rank scores its part; parts are padded to one length because under ZeRO-3 ranks must run in step.
     """
-    if not rows:
+    if not len(rows):
         return {}
     rank, world = dist.get_rank(), dist.get_world_size()
     share = -(-len(rows) // world)

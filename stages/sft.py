@@ -11,14 +11,12 @@ from __future__ import annotations
 import math
 from typing import cast
 
-from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from pipeline import checkpoint, engine, trainer
 from pipeline.adapters import adalora, lora_plus
 from pipeline.config.schema import Sft
-from pipeline.data import encode
-from pipeline.data.split import load
+from pipeline.data.encoded import demonstrations
 from pipeline.model import begin
 from pipeline.model.load import tokenizer
 from pipeline.stage import Context, main
@@ -30,15 +28,13 @@ def sft(context: Context) -> None:
     engine.start(block.seed)
 
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
-    encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
-    rows = encode.demonstrations(encoder, split, "train", block.max_length, block.loss_on)
-    held_out = encode.demonstrations(encoder, split, "held_out", block.max_length, block.loss_on)[: block.eval_rows]
+    data = demonstrations(context, tok, block.max_length, block.loss_on)
+    held_out = data.held_out.select(range(min(len(data.held_out), block.eval_rows)))
 
-    steps, rows = trainer.whole_batches(context, block, rows, held_out)
+    steps, kept = trainer.whole_batches(context, block, len(data.train), len(held_out))
     arguments = SFTConfig(max_length=None, **trainer.arguments(context, block, steps))
     zero = engine.zero_stage(arguments.deepspeed)
-    longest = max(len(row["input_ids"]) for row in [*rows, *held_out])
-    model, base = begin.model(context, parent, tok, "causal", sharded=zero == 3, steps=steps, longest=longest)
+    model, base = begin.model(context, parent, tok, "causal", sharded=zero == 3, steps=steps, longest=data.longest)
     allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
@@ -47,21 +43,21 @@ def sft(context: Context) -> None:
         training = SFTTrainer(
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(held_out) if held_out else None,
+            train_dataset=data.train.select(range(kept)),
+            eval_dataset=held_out if len(held_out) else None,
             processing_class=tok,
             callbacks=trainer.callbacks(context, block, tracker, allocation),
             **lora_plus.for_trainer(model, block.adapter, block),
         )
         trainer.train(context, training, resume)
         metrics = {}
-        if held_out:
+        if len(held_out):
             loss = training.evaluate()["eval_loss"]
             metrics = {"held_out/loss": loss, "held_out/perplexity": math.exp(min(loss, 50.0))}
             tracker.log(steps, metrics)
 
     write = begin.writer(training.model, tok, base)
-    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, split=split, zero_stage=zero)
+    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, counts=data.counts, zero_stage=zero)
 
 
 if __name__ == "__main__":

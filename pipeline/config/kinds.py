@@ -10,13 +10,16 @@ from pipeline.config.schema import Classify, Evaluate, Ppo, Reward, Sft, Stage
 
 POLICIES = frozenset({"sft", "ppo"})
 REWARDS = frozenset({"reward"})
+DATA = frozenset({"prepare", "selection"})
+"""Kinds whose output is rows: any list of data may name them by `stage`."""
 
 
 @dataclass(frozen=True)
 class Kind:
     """`inputs` maps a key of the stage's block to the kinds it may name; `base_ok` keys also accept the word `base`.
 
-    `sources` are the keys, dotted, that list data; a classify stage's data is its task's.
+    `sources` are the keys, dotted, that list data; a classify stage's data is its task's. `model`: whether the stage has a
+    model at all.
     """
 
     schema: type[Stage]
@@ -24,6 +27,7 @@ class Kind:
     inputs: dict[str, frozenset[str]]
     base_ok: frozenset[str] = frozenset()
     sources: tuple[str, ...] = ("data",)
+    model: bool = True
 
 
 KINDS: dict[str, Kind] = {

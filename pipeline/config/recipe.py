@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from pipeline.config.block import closest
 from pipeline.config.fitting import check_attention, check_method
-from pipeline.config.kinds import KINDS
+from pipeline.config.kinds import DATA, KINDS
 from pipeline.config.methods import METHODS
 from pipeline.config.ppo import check_ppo
 from pipeline.config.schema import (
@@ -96,17 +96,26 @@ class Recipe:
 
     def interval(self, stage: str, source: Source) -> tuple[float, float]:
         """The part of [0, 1) of hashed prompts that `source` gives to `stage`, after the held-out part is taken."""
+        if stage in self.header.data.split:
+            return self._part(stage)
         if source.share is None:
             return 0.0, 1.0
         start = 0.0
         for name, block in self.stages.items():
             for other in sources(block):
-                if other.path != source.path or other.share is None:
+                if other.name != source.name or other.share is None:
                     continue
                 if name == stage and other is source:
                     return start, min(1.0, start + other.share)
                 start += other.share
-        raise AssertionError(f"{stage} does not list {source.path}")
+        raise AssertionError(f"{stage} does not list {source.name}")
+
+    def _part(self, stage: str) -> tuple[float, float]:
+        """The part that `data.split` gives to `stage`: parts lie one after the other in the order they are written."""
+        parts = self.header.data.split
+        names, total = list(parts), sum(parts.values())
+        before = sum(parts[name] for name in names[: names.index(stage)])
+        return before / total, 1.0 if stage == names[-1] else (before + parts[stage]) / total
 
 
 def sources(block: Stage, key: str | None = None) -> list[Source]:
@@ -130,11 +139,16 @@ def functions(block: Stage) -> list[str]:
 
 def upstream(block: Stage) -> Iterator[tuple[str, str]]:
     """(key, stage name) for every upstream stage a block names; the name may be `base`."""
-    for key in KINDS[block.kind].inputs:
+    kind = KINDS[block.kind]
+    for key in kind.inputs:
         value = getattr(block, key)
         for item in value if isinstance(value, list) else [value]:
             for name in [item] if isinstance(item, str) else reward_stages(item) if item is not None else []:
                 yield key, name
+    for key in kind.sources:
+        for source in sources(block, key):
+            if source.stage is not None:
+                yield key, source.stage
 
 
 def resolved(block: Stage) -> dict[str, Any]:
@@ -259,17 +273,19 @@ def _stage(recipe: Recipe, raw: dict[str, Any], stage: str, block: Any) -> Stage
             fix=closest(str(kind), KINDS) or f"write `kind: {next(iter(KINDS))}`",
         )
     merged = copy.deepcopy(block)
-    for key in INHERITED:
+    schema = KINDS[kind].schema
+    for key in INHERITED if KINDS[kind].model else ("deepspeed",):
         own = merged.get(key) or {}
         if not isinstance(own, dict):
             raise UserError(
                 f"{where}.{key}", f"found {own!r}", expected=f"a block, as `{key}:` at the top of the recipe"
             )
         merged[key] = {**(raw.get(key) or {}), **own}
-    if own := (block.get("adapter") or {}).get("method"):
-        merged["adapter"] = {**_switched(raw.get("adapter") or {}, own), **block["adapter"]}
-    if merged["adapter"].get("method") == "qlora" and merged["base"].get("quantization") is None:
-        merged["base"]["quantization"] = "nf4"
+    if KINDS[kind].model:
+        if own := (block.get("adapter") or {}).get("method"):
+            merged["adapter"] = {**_switched(raw.get("adapter") or {}, own), **block["adapter"]}
+        if merged["adapter"].get("method") == "qlora" and merged["base"].get("quantization") is None:
+            merged["base"]["quantization"] = "nf4"
     merged.setdefault("seed", recipe.header.seed)
     if "holdout" in block:  # one held-out part for all stages, else one would train on what another holds out
         raise UserError(
@@ -279,7 +295,7 @@ def _stage(recipe: Recipe, raw: dict[str, Any], stage: str, block: Any) -> Stage
             fix="remove it here and set `data: {holdout: …}` at the top of the recipe",
         )
     merged["holdout"] = recipe.header.data.holdout
-    return _validate(KINDS[kind].schema, merged, where, ".")
+    return _validate(schema, merged, where, ".")
 
 
 def _validate(schema: type[Any], value: Any, where: str, joint: str) -> Any:
@@ -339,21 +355,43 @@ def _check(recipe: Recipe) -> None:
                 fix="set `data: {holdout: 0.02}`, or leave out eval_every",
             )
         deepspeed = deepspeed_config(recipe, stage)
+        if not KINDS[block.kind].model:
+            continue
         check_attention(recipe, stage)
         if block.kind != "evaluate":
             check_method(recipe, stage, deepspeed)
+    _check_split(recipe)
     totals: dict[str, float] = {}
     for stage, block in recipe.stages.items():
         for source in sources(block):
-            totals[source.path] = totals.get(source.path, 0.0) + (source.share or 0.0)
-            if totals[source.path] > 1.0 + 1e-9:
+            totals[source.name] = totals.get(source.name, 0.0) + (source.share or 0.0)
+            if totals[source.name] > 1.0 + 1e-9:
                 raise UserError(
                     recipe.where("stages", stage),
-                    f"the shares of {source.path} add up to {totals[source.path]:g}",
+                    f"the shares of {source.name} add up to {totals[source.name]:g}",
                     expected="at most 1 over all stages",
                     fix="lower a share",
                 )
     recipe.order()
+
+
+def _check_split(recipe: Recipe) -> None:
+    for stage in recipe.header.data.split:
+        where = recipe.where("data", "split", stage)
+        if stage not in recipe.stages:
+            raise UserError(
+                where,
+                f'no stage named "{stage}"',
+                expected="one of: " + ", ".join(recipe.stages),
+                fix=closest(stage, recipe.stages) or f'remove it, or add a stage called "{stage}"',
+            )
+        if any(source.share is not None for source in sources(recipe.stages[stage])):
+            raise UserError(
+                where,
+                f"stage {stage} has a `share` of its own in a source",
+                expected="one of the two",
+                fix="remove the share: `data.split` cuts every source alike",
+            )
 
 
 def _check_upstream(recipe: Recipe, stage: str, block: Stage) -> None:
@@ -361,11 +399,12 @@ def _check_upstream(recipe: Recipe, stage: str, block: Stage) -> None:
     for key, name in upstream(block):
         if name == BASE and key in kind.base_ok:
             continue
-        fitting = [s for s, b in recipe.stages.items() if b.kind in kind.inputs[key] and s != stage]
+        accepted = kind.inputs.get(key, DATA)
+        fitting = [s for s, b in recipe.stages.items() if b.kind in accepted and s != stage]
         expected = (
             "one of: " + ", ".join(fitting + ([BASE] if key in kind.base_ok else []))
             if fitting
-            else (f"an upstream stage of kind {' or '.join(sorted(kind.inputs[key]))}")
+            else (f"an upstream stage of kind {' or '.join(sorted(accepted))}")
         )
         if name not in recipe.stages:
             match = difflib.get_close_matches(name, fitting, n=1) or fitting[:1]
@@ -376,7 +415,7 @@ def _check_upstream(recipe: Recipe, stage: str, block: Stage) -> None:
                 expected=expected,
                 fix=f'{hint}add a stage called "{name}"',
             )
-        if recipe.stages[name].kind not in kind.inputs[key]:
+        if recipe.stages[name].kind not in accepted:
             raise UserError(
                 recipe.where("stages", stage, key),
                 f'stage "{name}" is of kind {recipe.stages[name].kind}',

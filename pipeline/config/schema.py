@@ -59,18 +59,47 @@ class Tracking(Block):
 
 
 class DataRules(Block):
-    """`holdout`: the share of prompts, chosen by hash, that no stage trains on."""
+    """`holdout`: the share of prompts, chosen by hash, that no stage trains on. `split` cuts the others between stages:
+    `{sft: 2, reward: 4, ppo: 4}` gives each stage its part of every prompt there is, whichever file it lies in.
+
+    A row that cannot be used is counted and written to `rejected.jsonl`; with `on_bad_row: stop` the first one stops the
+    stage, and more than `max_bad` of a source's rows always do.
+    """
 
     holdout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
+    split: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
+    on_bad_row: Literal["stop", "reject"] = "reject"
+    max_bad: Fraction = 0.05
 
 
 class Source(Block):
-    """One data file, folder, glob or hub id. `share` takes that part of its prompts, disjoint from other stages' shares."""
+    """Data: the `path` of a file, folder, glob or hub dataset (`revision`, `split` and `subset` are the hub's), or the
+    rows that an earlier `stage` published.
 
-    path: str
+    `share` takes that part of its prompts, disjoint from other stages' shares; `limit` at most so many rows; `weight` says
+    how much of a mixture it is; `take` which reply of a preference is learned from.
+    """
+
+    path: str | None = None
+    stage: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    subset: str | None = None
     share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     take: Literal["chosen", "rejected"] = "chosen"
     limit: Positive | None = None
+    weight: Annotated[float, Field(gt=0.0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.path is None) == (self.stage is None):
+            raise ValueError("give `path`, or `stage` for what an earlier stage published, and not both")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What counts, metrics and the manifest call it."""
+        return self.path if self.path is not None else f"stage {self.stage}"
 
 
 class Schedule(Block):
@@ -92,6 +121,13 @@ class Stage(Block):
     deepspeed: DeepSpeed = DeepSpeed()
     seed: int = 0
     holdout: Fraction = 0.02
+
+
+class DataStage(Stage):
+    """A stage that has no model: it reads rows and hands rows on."""
+
+    base: None = None  # type: ignore[assignment]
+    adapter: None = None  # type: ignore[assignment]
 
 
 class Training(Schedule):

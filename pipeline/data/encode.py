@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from array import array
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.glue import Item
-from pipeline.data.shape import Text
-from pipeline.data.split import Part, Split
+from pipeline.data.shape import Example, Skip, Text
 from pipeline.errors import UserError
+
+TOO_LONG = "too long"
 
 
 @dataclass(frozen=True)
@@ -40,39 +43,35 @@ class Encoder:
         """Token ids of a reply, closed by EOS."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
 
+    @property
+    def identity(self) -> str:
+        """A hash of all that decides which ids a text gets."""
+        tok = self.tokenizer
+        backend = getattr(tok, "backend_tokenizer", None)
+        rules = backend.to_str() if backend else json.dumps(tok.get_vocab(), sort_keys=True)
+        parts = [type(tok).__name__, rules, str(tok.chat_template), str(tok.special_tokens_map)]
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def demonstrations(
-    encoder: Encoder, split: Split, part: Part, max_length: int, loss_on: str
-) -> list[dict[str, list[int]]]:
-    """Rows for next-token training: `input_ids` and `labels` (-100 where no loss is taken). Over-long rows are counted."""
-    rows = []
-    for example in split.part(part):
-        prompt, reply = encoder.prompt(example.prompt), encoder.reply(example.chosen or "")
-        if len(prompt) + len(reply) > max_length:
-            split.leave_out(example, part, "too long")
-            continue
-        labels = [-100] * len(prompt) if loss_on == "completion" else prompt
-        rows.append({"input_ids": prompt + reply, "labels": labels + reply})
-    return rows
+def demonstration(encoder: Encoder, example: Example, max_length: int, loss_on: str) -> dict[str, list[int]]:
+    """A row for next-token training: `input_ids` and `labels` (-100 where no loss is taken). Raises Skip when too long."""
+    prompt, reply = encoder.prompt(example.prompt), encoder.reply(example.chosen or "")
+    if len(prompt) + len(reply) > max_length:
+        raise Skip(TOO_LONG)
+    labels = [-100] * len(prompt) if loss_on == "completion" else prompt
+    return {"input_ids": prompt + reply, "labels": labels + reply}
 
 
-def preferences(encoder: Encoder, split: Split, part: Part, max_length: int) -> list[dict[str, Any]]:
-    """Rows for the pairwise loss: `chosen_ids`, `rejected_ids` and, if every example has one, `margin`."""
-    rows: list[dict[str, Any]] = []
-    examples = split.part(part)
-    margins = bool(examples) and all(example.margin is not None for example in examples)
-    for example in examples:
-        prompt = encoder.prompt(example.prompt)
-        chosen, rejected = prompt + encoder.reply(example.chosen or ""), prompt + encoder.reply(example.rejected or "")
-        if max(len(chosen), len(rejected)) > max_length:
-            split.leave_out(example, part, "too long")
-            continue
-        margin = {"margin": example.margin} if margins else {}
-        rows.append({"chosen_ids": chosen, "rejected_ids": rejected, **margin})
-    return rows
+def preference(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any]:
+    """A row for the pairwise loss: `chosen_ids`, `rejected_ids` and `margin`, None without one. Raises Skip when too long."""
+    prompt = encoder.prompt(example.prompt)
+    chosen, rejected = prompt + encoder.reply(example.chosen or ""), prompt + encoder.reply(example.rejected or "")
+    if max(len(chosen), len(rejected)) > max_length:
+        raise Skip(TOO_LONG)
+    return {"chosen_ids": chosen, "rejected_ids": rejected, "margin": example.margin}
 
 
 @dataclass(frozen=True)
@@ -83,16 +82,12 @@ class Prompt:
     row: dict[str, Any]
 
 
-def prompts(encoder: Encoder, split: Split, part: Part, max_length: int) -> list[Prompt]:
-    """Prompts of 1 to `max_length` tokens; others are counted, not cut."""
-    kept = []
-    for example in split.part(part):
-        ids = encoder.prompt(example.prompt)
-        if 0 < len(ids) <= max_length:
-            kept.append(Prompt(ids, example.row))
-        else:
-            split.leave_out(example, part, "too long" if ids else "empty prompt")
-    return kept
+def prompt(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any]:
+    """A prompt of 1 to `max_length` tokens: `ids`, and `row`, its data row in JSON. Raises Skip for others: none is cut."""
+    ids = encoder.prompt(example.prompt)
+    if not 0 < len(ids) <= max_length:
+        raise Skip(TOO_LONG if ids else "empty prompt")
+    return {"ids": ids, "row": json.dumps(example.row, ensure_ascii=False, default=str)}
 
 
 class Classified:

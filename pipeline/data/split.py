@@ -1,13 +1,15 @@
 """Which rows a stage may use. A prompt's place in [0, 1) is a hash of its text: the part below `holdout` is never trained
-on by any stage; the rest is cut into the stages' disjoint shares. Neither depends on the seed or on the order of rows.
+on by any stage; the rest is cut into the stages' disjoint parts. Neither depends on the seed or on the order of rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.kinds import KINDS
@@ -19,24 +21,26 @@ from pipeline.data.shape import Example, Skip, demonstration, plain, preference,
 from pipeline.errors import UserError
 
 Part = Literal["train", "held_out"]
+Counts = dict[str, Counter[str]]
+"""Where the rows of each source went: source -> `rows`, `used`, `held out`, or why not -> how many."""
+
+ELSEWHERE = "other stages' share"
+LOOKED_AT = 100
+"""Rows of each source that are read before a stage is launched."""
 
 
-@dataclass
-class Split:
-    """A stage's examples: `train` and `held_out` (by prompt), and where every row went (`counts`: source -> reason -> rows)."""
+@dataclass(frozen=True)
+class Placed:
+    """A row of `source` (the `number`-th of the stage's): the part its prompt falls into and its example; or why it is in
+    none, `bad` when the row itself is at fault."""
 
-    train: list[Example] = field(default_factory=list)
-    held_out: list[Example] = field(default_factory=list)
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
-
-    def part(self, name: Part) -> list[Example]:
-        return self.train if name == "train" else self.held_out
-
-    def leave_out(self, example: Example, name: Part, reason: str) -> None:
-        """Count an example that the stage does not use for `reason`, so that every row stays counted once."""
-        counts = self.counts[example.source]
-        counts["used" if name == "train" else "held out"] -= 1
-        counts[reason] += 1
+    number: int
+    source: Source
+    row: Row
+    part: Part | None = None
+    example: Example | None = None
+    reason: str = ""
+    bad: bool = False
 
 
 def position(prompt: str) -> float:
@@ -50,52 +54,77 @@ def reader(kind: str, source: Source, key: str) -> Callable[[Row], Example]:
     return preference if kind == "reward" else prompt_only
 
 
-def load(recipe: Recipe, stage: str, key: str | None = None) -> Split:
-    """Read the sources that `stage` lists under `key` (its first key of data) and split them.
-
-    Raises UserError when a source is unreadable or nothing is left.
-    """
+def place(recipe: Recipe, stage: str, run_dir: Path, key: str | None = None) -> Iterator[Placed]:
+    """Every row of the sources that `stage` lists under `key` (its first key of data), in order. Raises UserError when a
+    source is unreadable."""
     block = recipe.stages[stage]
     key = key or KINDS[block.kind].sources[0]
-    split = Split()
-    for source in sources(block, key):
+    for number, source in enumerate(sources(block, key)):
         low, high = recipe.interval(stage, source)
-        counts = split.counts.setdefault(source.path, Counter())
         read = reader(block.kind, source, key)
-        for row in rows(recipe.local(source.path)):
-            counts["rows"] += 1
+        for row in read_source(recipe, run_dir, source):
             try:
-                example = replace(read(row), source=source.path, row=row.fields)
+                example = replace(read(row), source=source.name, row=row.fields)
             except Skip as reason:
-                counts[str(reason)] += 1
+                yield Placed(number, source, row, reason=str(reason), bad=True)
                 continue
-            place = position(plain(example.prompt))
-            if place < block.holdout:
-                counts["held out"] += 1
-                split.held_out.append(example)
-            elif not low <= (place - block.holdout) / (1.0 - block.holdout) < high:
-                counts["other stages' share"] += 1
-            elif source.limit is not None and counts["used"] >= source.limit:
-                counts["over the limit"] += 1
+            here = position(plain(example.prompt) or plain(example.chosen or ""))
+            if here < block.holdout:
+                yield Placed(number, source, row, "held_out", example)
+            elif low <= (here - block.holdout) / (1.0 - block.holdout) < high:
+                yield Placed(number, source, row, "train", example)
             else:
-                counts["used"] += 1
-                split.train.append(example)
-    if not split.train and block.kind != "evaluate":
-        raise UserError(
-            recipe.where("stages", stage),
-            f"no training row is left: {dict(split.counts)}",
-            expected="at least one row",
-            fix="raise the share or lower data.holdout",
-        )
-    return split
+                yield Placed(number, source, row, reason=ELSEWHERE)
 
 
-def fingerprints(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
-    """Path as written and content hash of every source of `stage`; `for` is the key it is listed under, if not the first."""
+def read_source(recipe: Recipe, run_dir: Path, source: Source) -> Iterator[Row]:
+    """The rows of a source, as they stand in their files."""
+    return rows(location(recipe, run_dir, source))
+
+
+def location(recipe: Recipe, run_dir: Path, source: Source) -> str:
+    """The path of a source as this machine has it, or its hub id."""
+    if source.stage is not None:
+        return str(run_dir / source.stage / "output" / "data")
+    assert source.path is not None
+    return recipe.local(source.path)
+
+
+def check(recipe: Recipe, stage: str, run_dir: Path) -> None:
+    """Look at the first rows of everything `stage` reads. Raises UserError for a source that is missing or unreadable, or
+    of whose first rows none can be used."""
+    block = recipe.stages[stage]
+    for key in KINDS[block.kind].sources:
+        for source in sources(block, key):
+            read, faults = reader(block.kind, source, key), Counter[str]()
+            first = list(islice(read_source(recipe, run_dir, source), LOOKED_AT))
+            for row in first:
+                try:
+                    read(row)
+                except Skip as reason:
+                    faults[str(reason)] += 1
+            if not first or faults.total() == len(first):
+                worst = faults.most_common(1)
+                raise UserError(
+                    recipe.where("stages", stage, key),
+                    f"none of the first {len(first)} rows of {source.name} can be used: {worst[0][0]}"
+                    if worst
+                    else f"{source.name} holds no rows",
+                    expected="rows that stage can read",
+                    fix=f"relay data show {source.name}",
+                )
+
+
+def fingerprints(recipe: Recipe, stage: str, parents: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Name and content hash of every source of `stage`; `for` is the key it is listed under, if not the first. `parents`
+    are the content hashes of its upstream stages."""
     block = recipe.stages[stage]
     if isinstance(block, Classify):
         return glue.fingerprints(recipe, stage)
-    first, *others = KINDS[block.kind].sources
-    listed: list[tuple[Source, dict[str, str]]] = [(source, {}) for source in sources(block, first)]
-    listed += [(source, {"for": key}) for key in others for source in sources(block, key)]
-    return [{"path": s.path, "sha256": fingerprint(recipe.local(s.path)), **use} for s, use in listed]
+    found = []
+    for place, key in enumerate(KINDS[block.kind].sources):
+        for source in sources(block, key):
+            path = source.path
+            content = parents[source.stage or ""] if path is None else fingerprint(recipe.local(path))
+            found.append({"path": source.name, "sha256": content} | ({"for": key} if place else {}))
+    return found

@@ -72,6 +72,11 @@ def tokenizer(model: str, revision: str | None = None) -> Any:
         else:
             loaded.add_special_tokens({"pad_token": ADDED_PAD})
     loaded.padding_side = "right"
+    if backend := getattr(
+        loaded, "backend_tokenizer", None
+    ):  # what is published must not depend on how it was last called
+        backend.no_padding()
+        backend.no_truncation()
     return loaded
 
 

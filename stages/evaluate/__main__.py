@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 from pipeline import engine
 from pipeline.config.schema import Evaluate, FunctionReward
-from pipeline.data import encode
-from pipeline.data.split import load
+from pipeline.data import encode, encoded
 from pipeline.errors import UserError
 from pipeline.generation.rollout import Rollout, keys
 from pipeline.model import begin
@@ -42,8 +41,9 @@ def evaluate(context: Context) -> None:
 
     parent = context.parent("model")
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
-    encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
-    prompts = encode.prompts(encoder, split, "held_out", block.sampling.max_prompt_length)[: block.rows]
+    encoder = encode.Encoder(tok)
+    _, held_out, counts = encoded.prompts(context, tok, block.sampling.max_prompt_length)
+    prompts: list[encode.Prompt] = held_out[: block.rows]
     if not prompts:
         raise UserError(
             context.recipe.where("stages", context.stage, "prompts"),
@@ -88,7 +88,7 @@ def evaluate(context: Context) -> None:
     with context.tracker(1, 0) as tracker:
         tracker.log(1, metrics)
     base = begin.base_record(parts[TESTED].base)
-    context.publish(write, base=base, method="none", metrics=metrics, split=split, zero_stage=0)
+    context.publish(write, base=base, method="none", metrics=metrics, counts=counts, zero_stage=0)
 
 
 def answers(

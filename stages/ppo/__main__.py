@@ -23,8 +23,8 @@ from pipeline.adapters.build import belongs
 from pipeline.config.methods import METHODS
 from pipeline.config.recipe import deepspeed_config
 from pipeline.config.schema import Base, Ppo
-from pipeline.data import encode
-from pipeline.data.split import Split, load
+from pipeline.data import encode, encoded
+from pipeline.data.split import Counts
 from pipeline.errors import UserError
 from pipeline.generation.whole import Whole
 from pipeline.model import begin
@@ -49,8 +49,8 @@ class Setup:
     loop: Loop
     base: Base
     tok: Any
-    split: Split
-    others: dict[str, Split]
+    counts: Counts
+    others: dict[str, Counts]
     zero: int
 
 
@@ -88,7 +88,7 @@ def ppo(context: Context) -> None:
         base=base,
         method=block.adapter.method,
         metrics=metrics,
-        split=setup.split,
+        counts=setup.counts,
         zero_stage=setup.zero,
         others=setup.others,
     )
@@ -100,16 +100,9 @@ def prepare(context: Context, block: Ppo) -> Setup:
     parent = context.parent("policy")
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
     _check_tokenizers(context, tok)
-    encoder, split = encode.Encoder(tok), load(context.recipe, context.stage)
-    prompts = encode.prompts(encoder, split, "train", block.sampling.max_prompt_length)
-    held_out = encode.prompts(encoder, split, "held_out", block.sampling.max_prompt_length)
-    context.require_held_out(block.eval_every, held_out)
-    if not prompts:
-        raise UserError(
-            context.recipe.where("stages", context.stage, "sampling", "max_prompt_length"),
-            f"every prompt is longer than {block.sampling.max_prompt_length} tokens",
-            fix="raise it",
-        )
+    encoder = encode.Encoder(tok)
+    prompts, held_out, counts = encoded.prompts(context, tok, block.sampling.max_prompt_length)
+    context.require_held_out(block.eval_every, len(held_out))
 
     config = configuration(context, block)
     zero = engine.zero_stage(config)
@@ -153,7 +146,7 @@ def prepare(context: Context, block: Ppo) -> Setup:
         if block.ema_decay
         else None,
     )
-    return Setup(loop, described["policy"].base, tok, split, others, zero)
+    return Setup(loop, described["policy"].base, tok, counts, others, zero)
 
 
 def copies(context: Context, block: Ppo, roles: Roles) -> bool:
@@ -214,21 +207,14 @@ def _check_context(context: Context, block: Ppo, roles: Roles) -> None:
 
 def mixed_in(
     context: Context, block: Ppo, encoder: encode.Encoder, limit: int | None
-) -> tuple[Mixture | None, dict[str, Split]]:
+) -> tuple[Mixture | None, dict[str, Counts]]:
     """The rows of `ptx`, at most `limit` tokens long, and where each of its data rows went."""
     if block.ptx is None:
         return None, {}
-    split = load(context.recipe, context.stage, "ptx.data")
     longest = min(block.ptx.max_length, limit or block.ptx.max_length)
-    rows = encode.demonstrations(encoder, split, "train", longest, block.ptx.loss_on)
-    if not rows:
-        raise UserError(
-            context.recipe.where("stages", context.stage, "ptx", "max_length"),
-            f"every row is longer than {longest} tokens",
-            fix="raise it" if longest == block.ptx.max_length else "use shorter rows: the model's context is no longer",
-        )
-    mixture = Mixture(block.ptx, rows, block.seed, block.steps, encoder.tokenizer.pad_token_id)
-    return mixture, {"ptx.data": split}
+    data = encoded.demonstrations(context, encoder.tokenizer, longest, block.ptx.loss_on, "ptx.data")
+    mixture = Mixture(block.ptx, data.train, block.seed, block.steps, encoder.tokenizer.pad_token_id)
+    return mixture, {"ptx.data": data.counts}
 
 
 def configuration(context: Context, block: Ppo) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from stages.ppo.stream import Stream
 class Mixture:
     """Rows `{input_ids, labels}` of the recipe's `ptx.data`, cut into minibatches, ranks and micro-batches as rollouts are."""
 
-    def __init__(self, block: Ptx, rows: list[dict[str, list[int]]], seed: int, steps: int, pad: int) -> None:
+    def __init__(self, block: Ptx, rows: Any, seed: int, steps: int, pad: int) -> None:
         self.block, self.stream, self.steps, self.pad = block, Stream(rows, seed), steps, pad
 
     def coef(self, step: int) -> float:

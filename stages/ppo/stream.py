@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,7 +15,7 @@ Item = TypeVar("Item")
 class Stream(Generic[Item]):
     """Every pass over `items` comes in a new order, which depends on the seed and the pass alone."""
 
-    items: list[Item]
+    items: Sequence[Item]
     seed: int
     _order: tuple[int, list[int]] = (-1, [])
 

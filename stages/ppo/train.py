@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +59,7 @@ class Loop:
     gold: Rewards | None
     encoder: Encoder
     prompts: Stream[Prompt]
-    held_out: list[Prompt]
+    held_out: Sequence[Prompt]
     eos: list[int]
     synced: bool
     ema: Ema | None

@@ -23,7 +23,9 @@ def hh_rlhf(test_data: Path) -> Path:
 def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
     """Makes a loaded recipe of three stages that read `rows.jsonl` beside it with shares 0.2, 0.4 and 0.4."""
 
-    def make(holdout: float = 0.2, path: str = "rows.jsonl", **changes: dict[str, Any]) -> Recipe:
+    def make(
+        holdout: float = 0.2, path: str = "rows.jsonl", split: dict[str, float] | None = None, **changes: dict[str, Any]
+    ) -> Recipe:
         stages: dict[str, dict[str, Any]] = {
             "sft": {"kind": "sft", "lr": 1e-4, "data": [{"path": path, "share": 0.2}]},
             "reward": {"kind": "reward", "lr": 1e-4, "data": [{"path": path, "share": 0.4}]},
@@ -40,7 +42,12 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
         for stage, block in changes.items():
             stages.setdefault(stage, {}).update(block)
         file = tmp_path / "recipe.yaml"
-        text = {"name": "split", "base": {"model": "m"}, "data": {"holdout": holdout}, "stages": stages}
+        text = {
+            "name": "split",
+            "base": {"model": "m"},
+            "data": {"holdout": holdout, "split": split or {}},
+            "stages": stages,
+        }
         file.write_text(yaml.safe_dump(text, sort_keys=False), encoding="utf-8")
         return load(file)
 

@@ -1,13 +1,15 @@
 """Which rows a stage gets: by a hash of the prompt alone, disjoint over stages, the same held-out prompts for all."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from pipeline.config.recipe import Recipe
-from pipeline.data.split import Split, fingerprints, load, position
+from pipeline.data.shape import Example
+from pipeline.data.split import check, fingerprints, place, position
 from pipeline.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -27,12 +29,30 @@ def write_rows(folder: Path, prompts: Iterable[str], name: str = "rows.jsonl") -
     (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+class Split:
+    """What `place` says of all rows of a stage: the examples of both parts, and rows by outcome."""
+
+    def __init__(self, recipe: Recipe, stage: str) -> None:
+        placed = list(place(recipe, stage, recipe.path.parent))
+        self.train = [row.example for row in placed if row.part == "train" and row.example]
+        self.held_out = [row.example for row in placed if row.part == "held_out" and row.example]
+        self.outcomes = Counter(row.reason or str(row.part) for row in placed)
+
+
+def load(recipe: Recipe, stage: str) -> Split:
+    return Split(recipe, stage)
+
+
+def named(examples: list[Example]) -> set[str]:
+    return {str(example.prompt) for example in examples}
+
+
 def prompts(split: Split) -> set[str]:
-    return {str(example.prompt) for example in split.train}
+    return named(split.train)
 
 
 def held_out(split: Split) -> set[str]:
-    return {str(example.prompt) for example in split.held_out}
+    return named(split.held_out)
 
 
 @pytest.mark.parametrize(("prompt", "place"), PLACES.items())
@@ -127,50 +147,71 @@ def test_holdout_of_nothing(tmp_path: Path, make_recipe: Maker) -> None:
     assert (prompts(split), split.held_out) == (set(PLACES), [])
 
 
-def test_every_row_is_counted_once(tmp_path: Path, make_recipe: Maker) -> None:
+def test_every_row_has_one_outcome(tmp_path: Path, make_recipe: Maker) -> None:
     unusable = [{"prompt": "x", "chosen": "same", "rejected": "same"}, {"prompt": "y", "chosen": "", "rejected": "b"}]
     write_rows(tmp_path, PLACES)
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in unusable)
-    recipe = make_recipe(holdout=0.2, ppo={"prompts": [{"path": "rows.jsonl", "share": 0.4, "limit": 1}]})
-    counts = {stage: dict(load(recipe, stage).counts["rows.jsonl"]) for stage in ("sft", "reward", "ppo")}
+    recipe = make_recipe(holdout=0.2)
     skipped = {"chosen equals rejected": 1, "empty reply": 1}
-    assert counts["sft"] == {"rows": 10, "used": 2, "held out": 3, "other stages' share": 3, **skipped}
-    assert counts["reward"] == {"rows": 10, "used": 1, "held out": 3, "other stages' share": 4, **skipped}
+    assert load(recipe, "sft").outcomes == {"train": 2, "held_out": 3, "other stages' share": 3, **skipped}
+    assert load(recipe, "reward").outcomes == {"train": 1, "held_out": 3, "other stages' share": 4, **skipped}
     # The prompts of unusable rows are prompts all the same. By sha256sum x is at 0.1775 and held out, y at 0.6327.
-    assert counts["ppo"] == {"rows": 10, "used": 1, "over the limit": 1, "held out": 4, "other stages' share": 4}
-    for reasons in counts.values():
-        assert sum(reasons.values()) == 2 * reasons["rows"]
+    assert load(recipe, "ppo").outcomes == {"train": 2, "held_out": 4, "other stages' share": 4}
 
 
-def test_stage_without_a_row_is_refused(tmp_path: Path, make_recipe: Maker) -> None:
-    write_rows(tmp_path, sorted(HELD_OUT))
+def test_rows_of_plain_text_are_placed_by_their_text(tmp_path: Path, make_recipe: Maker) -> None:
+    lines = [json.dumps({"text": text}) + "\n" for text in PLACES]
+    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    split = load(make_recipe(holdout=0.2), "sft")
+    assert ({e.chosen for e in split.train}, {e.chosen for e in split.held_out}) == (SHARES["sft"], HELD_OUT)
+
+
+def test_one_split_cuts_every_file_alike(tmp_path: Path, make_recipe: Maker) -> None:
+    """A prompt that lies in two files is still of one stage: `data.split` of 2, 4, 4 gives the parts of the shares 0.2, 0.4,
+    0.4 worked out above, in whichever file."""
+    write_rows(tmp_path, PLACES)
+    write_rows(tmp_path, PLACES, "more.jsonl")
+    both = [{"path": "rows.jsonl"}, {"path": "more.jsonl"}]
+    recipe = make_recipe(
+        holdout=0.2,
+        split={"sft": 2, "reward": 4, "ppo": 4},
+        sft={"data": both},
+        reward={"data": both},
+        ppo={"prompts": both},
+    )
+    for stage, expected in SHARES.items():
+        assert prompts(load(recipe, stage)) == expected
+        assert len(load(recipe, stage).train) == 2 * len(expected)
+
+
+@pytest.mark.parametrize(("split", "word"), [({"stf": 1}, "write `sft`"), ({"sft": 1}, "`share` of its own")])
+def test_a_split_that_cannot_be(make_recipe: Maker, split: dict[str, float], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        make_recipe(split=split)
+
+
+def test_a_source_without_a_usable_row_is_refused_before_the_launch(tmp_path: Path, make_recipe: Maker) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "a", "chosen": "same", "rejected": "same"}\n' * 3, encoding="utf-8"
+    )
     with pytest.raises(UserError) as raised:
-        load(make_recipe(holdout=0.2), "sft")
-    for word in ("recipe recipe.yaml: stages.sft", "no training row is left", "'held out': 3", "raise the share"):
+        check(make_recipe(), "reward", tmp_path)
+    for word in ("stages.reward.data", "none of the first 3 rows of rows.jsonl", "chosen equals rejected"):
         assert word in str(raised.value)
-
-
-def test_bad_row_stops_the_stage_with_its_file_and_number(tmp_path: Path, make_recipe: Maker) -> None:
-    write_rows(tmp_path, ["a", "b"])
-    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write('{"prompt": "c"}\n')
-    with pytest.raises(UserError, match=r"rows\.jsonl, row 3: fields found: prompt"):
-        load(make_recipe(), "reward")
 
 
 def test_fingerprint_names_the_path_as_written(tmp_path: Path, make_recipe: Maker) -> None:
     write_rows(tmp_path, PLACES)
-    (record,) = fingerprints(make_recipe(), "sft")
+    (record,) = fingerprints(make_recipe(), "sft", {})
     assert record["path"] == "rows.jsonl"
     assert len(record["sha256"]) == 64
 
 
 def test_real_preferences_are_counted_to_the_last_row(hh_rlhf: Path, make_recipe: Maker) -> None:
     recipe = make_recipe(holdout=0.05, path=str(hh_rlhf))
-    counts = load(recipe, "reward").counts[str(hh_rlhf)]
-    assert counts["rows"] == 8552
-    assert counts["chosen equals rejected"] == 36
-    assert counts["chosen and rejected answer different prompts"] == 17
-    assert counts["empty reply"] == 11
-    assert sum(counts.values()) == 2 * 8552
+    outcomes = load(recipe, "reward").outcomes
+    assert outcomes.total() == 8552
+    assert outcomes["chosen equals rejected"] == 36
+    assert outcomes["chosen and rejected answer different prompts"] == 17
+    assert outcomes["empty reply"] == 11

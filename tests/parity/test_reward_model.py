@@ -15,7 +15,6 @@ from torch import nn
 
 from pipeline.data import encode
 from pipeline.data.shape import Example
-from pipeline.data.split import Split
 from tests.parity import reference
 from tests.parity.batches import DTYPES, agree, quick, tensor
 from tests.parity.pairwise import trl_loss
@@ -93,7 +92,7 @@ def test_from_text_to_loss(tmp_path: Path) -> None:
         )
     )
     nn.init.normal_(model.score.weight, std=2.0)
-    rows = encode.preferences(encode.Encoder(tok), Split(train=PAIRS), "train", 128)
+    rows = [encode.preference(encode.Encoder(tok), pair, 128) for pair in PAIRS]
     assert tok.pad_token_id != tok.eos_token_id
     assert len({len(row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")}) > 2, "ragged"
     arguments = RewardConfig(
