@@ -1,6 +1,6 @@
 """Rows as token ids, on disk: made once on rank 0, memory-mapped by every rank, and found again by what they were made from.
 
-They lie in `<run>/rows/<key>/`: `train.arrow`, `held_out.arrow`, `rejected.jsonl` and `counts.json`. The key is a hash of the
+They lie in `<run>/.rows/<key>/`: `train.arrow`, `held_out.arrow`, `rejected.jsonl` and `counts.json`. The key is a hash of the
 data's contents, of the part that the stage takes, of the tokenizer and of how rows are encoded: an edited file, another
 share or another template is another key. The folder appears whole or not at all.
 """
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raised when the same inputs give other rows than before."""
 
-ROWS = "rows"
+ROWS = ".rows"
 PARTS: tuple[Part, ...] = ("train", "held_out")
 CHUNK = 256
 FEW = 16 * CHUNK
