@@ -31,14 +31,12 @@ HEADS = ("lm_head", "score", "classifier", "embed_out", "qa_outputs")
 class BitFitConfig(MethodConfig):
     """BitFit, Ben Zaken et al. 2106.10199: a change of every bias of the base, which starts as zero.
 
-    `target_modules` None takes every module with a bias, layer norms too, but output heads. `add_missing` gives linear layers
-    without one (all of Llama's) a bias of zeros to change. The change is kept apart from the bias, so that several adapters
-    share a base; merging adds it (and creates the bias).
+    `target_modules` None takes every module with a bias, layer norms too, and every linear layer, but output heads; a linear
+    layer without a bias (all of Llama's) gets one of zeros to change. The change is kept apart from the bias, so that
+    several adapters share a base; merging adds it (and creates the bias).
 
     What trains: the sum of these modules' output widths.
     """
-
-    add_missing: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,17 +80,12 @@ class BitFitModel(Tuner):
         check_names("bitfit", "target_modules", config.target_modules, self.model)
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         modules = base_modules(self.model)
-        able = {name for name, module in modules.items() if _has_bias(module, config.add_missing)}
+        able = {name for name, module in modules.items() if _takes_bias(module)}
         if config.target_modules is None:
-            free = {name for name in able if modules[name] is not head and not named(name, [*HEADS])}
-            if not free:
-                raise UserError(
-                    "bitfit", f"{type(self.model).__name__} has no biases", fix="set add_missing: true, or use lora"
-                )
-            return sorted(free)
+            return sorted(name for name in able if modules[name] is not head and not named(name, [*HEADS]))
         for name in modules:
             if named(name, config.target_modules) and name not in able:
-                raise UserError("bitfit.target_modules", f"{name} has no bias", fix="set add_missing, or leave it out")
+                raise UserError("bitfit.target_modules", f"{name} has no bias", fix="leave it out")
         return config.target_modules
 
     def component(self, config: BitFitConfig, adapter: str, name: str, module: nn.Module) -> BiasDelta:
@@ -123,12 +116,11 @@ def unwritable_biases(model: Any) -> list[str]:
     return sorted(name for name, _ in model.named_parameters() if name.endswith(".bias") and name not in known)
 
 
-def _has_bias(module: nn.Module, add_missing: bool) -> bool:
-    """Whether adding to the module's output is adding to a bias of it."""
+def _takes_bias(module: nn.Module) -> bool:
+    """Whether adding to the module's output is adding to a bias that it has or, being linear, could have."""
     if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
         return False
-    bias = module._parameters.get("bias")
-    return bias is not None or (add_missing and isinstance(module, nn.Linear | Conv1D))
+    return module._parameters.get("bias") is not None or isinstance(module, nn.Linear | Conv1D)
 
 
 register("bitfit", BitFitConfig, BitFitModel)

@@ -56,7 +56,7 @@ class Gate(nn.Module):
 class Bottleneck(Component):
     """y + g * s * (U f(D h + b) + c) with h the output y of the module (sequential) or its input x (parallel).
 
-    D: [dim, width of h], U: [width of y, dim]; f the non-linearity, s `scaling` (a number, or one learned number), g a
+    D: [dim, width of h], U: [width of y, dim]; f the non-linearity, s `scaling`, g a
     gate or 1. Houlsby et al. (1902.00751), Pfeiffer et al. (2005.00247), He et al. (2110.04366) for parallel ones.
     `init` zero makes U zero: the component starts as the identity. `houlsby` draws both from a normal distribution of
     standard deviation 0.01 cut at two of them: nearly the identity, as in the paper.
@@ -68,7 +68,7 @@ class Bottleneck(Component):
         out: int,
         dim: int,
         non_linearity: str,
-        scaling: float | str,
+        scaling: float,
         dropout: float,
         init: str,
         *,
@@ -80,7 +80,7 @@ class Bottleneck(Component):
         self.parallel, self.source = parallel, source
         self.down, self.up = nn.Linear(width, dim), nn.Linear(dim, out)
         self.activation, self.dropout = ACT2FN[non_linearity], nn.Dropout(dropout)
-        self.scale: Any = nn.Parameter(torch.ones(1)) if scaling == "learned" else float(scaling)
+        self.scale = scaling
         self.gate = Gate(width) if gated else None
         for layer in (self.down, self.up):
             nn.init.zeros_(layer.bias)
@@ -103,8 +103,6 @@ class Bottleneck(Component):
 class Tap(Component):
     """Hands its module's input to a parallel bottleneck at a later module: for blocks whose MLP is no module of its own."""
 
-    mergeable = True
-
     def __init__(self, wire: Wire) -> None:
         super().__init__()
         self.wire = wire
@@ -112,12 +110,6 @@ class Tap(Component):
     def forward(self, given: Tensor, output: Tensor) -> Tensor:
         self.wire.put(given)
         return output
-
-    def merge_into(self, base: nn.Module) -> None:
-        pass
-
-    def unmerge_from(self, base: nn.Module) -> None:
-        pass
 
 
 class LowRank(Component):

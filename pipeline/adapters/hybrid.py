@@ -44,14 +44,14 @@ class HybridConfig(MethodConfig):
     | MAM, He et al. 2110.04366 | `prefix_modules` and `parallel_modules`, `scaling: 4.0` |
     | UniPELT, Mao et al. 2110.07577 | `lora_modules`, `prefix_modules`, `sequential_modules`, `gating: true` |
 
-    Options: `bottleneck_dim` b, `non_linearity` (a name of transformers' activations), `scaling` (a number, or `learned`: one
-    number for each bottleneck that starts as 1), `dropout` of bottleneck outputs and LoRA inputs, `init` of bottlenecks
-    (`zero`: starts as the identity; `houlsby`: nearly, see `Bottleneck`), `lora_r` r, `lora_alpha`, `num_virtual_tokens` n,
-    `encoder_hidden_size` e, `gating` (a gate on each component, of each token's own; UniPELT averages its gates over the
-    sequence, by which a token would see those after it).
+    Options: `bottleneck_dim` b, `non_linearity` (a name of transformers' activations), `scaling` (a factor of what
+    bottlenecks add), `dropout` of bottleneck outputs and LoRA inputs, `init` of bottlenecks (`zero`: starts as the identity;
+    `houlsby`: nearly, see `Bottleneck`), `lora_r` r, `lora_alpha`, `num_virtual_tokens` n, `encoder_hidden_size` e, `gating`
+    (a gate on each component, of each token's own; UniPELT averages its gates over the sequence, by which a token would see
+    those after it).
 
     What trains, for each module of input width i and output width o (hidden states: H; K key-value heads of width S):
-      bottleneck  b (i' + o) + b + o, i' = o if sequential, i if parallel (H with `parallel_inputs`); + 1 if scaling is learned
+      bottleneck  b (i' + o) + b + o, i' = o if sequential, i if parallel (H with `parallel_inputs`)
       LoRA        r (i + o)
       prefix      2 n K S, or with an encoder n H + H e + e + 2 e K S + 2 K S
       gate        width of what the component reads + 1: i' for bottlenecks, i for LoRA, H for prefixes
@@ -64,7 +64,7 @@ class HybridConfig(MethodConfig):
     prefix_modules: list[str] | None = field(default=None)
     bottleneck_dim: int = 64
     non_linearity: str = "relu"
-    scaling: float | str = 1.0
+    scaling: float = 1.0
     dropout: float = 0.0
     init: str = "zero"
     lora_r: int = 8
@@ -83,8 +83,6 @@ class HybridConfig(MethodConfig):
         if not self.target_modules:
             raise ValueError("a hybrid adapter needs modules: set one of " + ", ".join(OPTIONS))
         self._sort()
-        if isinstance(self.scaling, str) and self.scaling != "learned":
-            raise ValueError(f"scaling must be a number or 'learned', got {self.scaling!r}")
         if self.init not in ("zero", "houlsby"):
             raise ValueError(f"init must be 'zero' or 'houlsby', got {self.init!r}")
         if self.non_linearity not in ACT2FN:

@@ -33,7 +33,7 @@ class ReftConfig(MethodConfig):
     loreft  h + R^T (W h + b - R h), the rows of R orthonormal
     direft  h + R^T (W h + b), R free
 
-    `r` is the number of rows, `layers` "all" or the numbers of the blocks (`target_modules` names other modules instead).
+    `r` is the number of rows; `target_modules` names the blocks, all of them if it is None.
     Both start as the identity: W = R and b = 0, or W = 0 and b = 0. Deviation: the paper edits some positions of the prompt
     and tunes which; here every position is edited, prompt and reply, so that no caller must say where a prompt ends.
 
@@ -44,7 +44,6 @@ class ReftConfig(MethodConfig):
 
     r: int = 4
     kind: str = "loreft"
-    layers: str | list[int] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,10 +52,6 @@ class ReftConfig(MethodConfig):
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}")
-        if isinstance(self.layers, str) and self.layers != "all":
-            raise ValueError(f"layers must be 'all' or a list of block numbers, got {self.layers!r}")
-        if not isinstance(self.layers, str):
-            self.layers = sorted(self.layers)
 
 
 class Intervention(Component):
@@ -96,16 +91,10 @@ class ReftModel(Tuner):
     prefix = "reft_"
 
     def targets(self, config: ReftConfig) -> list[str]:
-        if config.target_modules is not None:
-            check_names("reft", "target_modules", config.target_modules, self.model)
-            return config.target_modules
-        found = blocks(self.model)
-        numbers: Any = range(len(found)) if config.layers == "all" else config.layers
-        if not numbers or min(numbers) < 0 or max(numbers) >= len(found):
-            raise UserError(
-                "reft.layers", f"{list(numbers)} of a model of {len(found)} blocks", expected=f"0 to {len(found) - 1}"
-            )
-        return [found[number] for number in numbers]
+        if config.target_modules is None:
+            return blocks(self.model)
+        check_names("reft", "target_modules", config.target_modules, self.model)
+        return config.target_modules
 
     def component(self, config: ReftConfig, adapter: str, name: str, module: nn.Module) -> Intervention:
         hidden = text_config(self.model).hidden_size

@@ -102,10 +102,8 @@ class SoftPromptModel(Tuner):
         return SoftPrompt(some_rows(module, config.num_virtual_tokens), config.encoder_hidden_size)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
-        """A tied output head is no concern here: the table itself is left alone."""
-
-    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
-        return []
+        """Leave out PEFT's warning that an adapted embedding may be tied to the output head, for which it has no adapter: the
+        table both read is left alone, and no logit is asked of a virtual token."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward on the text alone; outputs are cut to it. Positional arguments: ids, attention mask."""

@@ -102,7 +102,6 @@ def test_names_that_fit_nothing(shape: str, options: dict[str, Any], match: str)
         ({}, "needs modules"),
         ({"lora_modules": "q_proj"}, "must be a list"),
         ({"parallel_modules": ["a"], "parallel_inputs": ["b", "c"]}, "one for one"),
-        ({"lora_modules": ["q"], "scaling": "big"}, "'learned'"),
         ({"lora_modules": ["q"], "init": "ones"}, "'houlsby'"),
         ({"lora_modules": ["q"], "non_linearity": "nothing"}, "activations"),
         ({"lora_modules": ["q"], "lora_r": 0}, "at least 1"),
@@ -116,7 +115,7 @@ def test_config_refusals(options: dict[str, Any], match: str) -> None:
 def test_config_file(tmp_path: Path) -> None:
     """Lists are sorted, pairs of parallel modules and inputs together; what is read is what was written."""
     written = HybridConfig(
-        lora_modules=["v_proj", "q_proj"], parallel_modules=["z", "b"], parallel_inputs=["y", "c"], scaling="learned"
+        lora_modules=["v_proj", "q_proj"], parallel_modules=["z", "b"], parallel_inputs=["y", "c"], scaling=4.0
     )
     written.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "adapter_config.json").read_text())

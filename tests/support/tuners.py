@@ -66,7 +66,7 @@ def config(method: str, shape: str, **changes: Any) -> Any:
         case "pfeiffer":
             return HybridConfig(sequential_modules=[names["mlp"]], **small)
         case "parallel":
-            return HybridConfig(**parallel, scaling="learned", **small)
+            return HybridConfig(**parallel, scaling=2.5, **small)
         case "prefix":
             return HybridConfig(**prefix, encoder_hidden_size=7, **task)
         case "p_tuning_v2":
