@@ -8,7 +8,6 @@ also when the orthogonality term is added: to gradients, not to a loss, so that 
 from __future__ import annotations
 
 import json
-import math
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline import gradients
+from pipeline.config.fitting import check_room, pruning
 from pipeline.config.schema import Adapter
-from pipeline.errors import UserError
 
 MATRICES = ("lora_A", "lora_E", "lora_B")
 """Right singular vectors [r, in], singular values [r, 1], left singular vectors [out, r] of an adapted layer."""
@@ -36,8 +35,8 @@ def config(adapter: Adapter, total_steps: int, targets: list[str], task: str) ->
 
     Raises UserError when there is no room between `tinit` and `tfinal`.
     """
-    first, last = steps(adapter.tinit, total_steps), max(1, steps(adapter.tfinal, total_steps))
-    _check_room(first, last, total_steps)
+    first, last = pruning(adapter, total_steps)
+    check_room("adapter.tinit", first, last, total_steps)
     return AdaLoraConfig(
         init_r=adapter.init_r,
         target_r=adapter.target_r,
@@ -54,21 +53,6 @@ def config(adapter: Adapter, total_steps: int, targets: list[str], task: str) ->
         target_modules=targets,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
-
-
-def _check_room(first: int, last: int, total: int) -> None:
-    if first >= total - last:
-        raise UserError(
-            "adapter.tinit",
-            f"ranks would be pruned between step {first} and step {total - last}, of {total}",
-            expected="tinit + tfinal below the optimizer steps in which the adapter trains",
-            fix="lower tinit or tfinal, or write them as shares of the steps, such as 0.1 and 0.2",
-        )
-
-
-def steps(given: float, total: int) -> int:
-    """A number of steps, or below 1 a share of them, rounded up: what `warmup` means."""
-    return math.ceil(given * total) if given < 1 else int(given)
 
 
 def orthogonality(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +90,7 @@ class Allocation:
                 parameter.requires_grad_(False)
         settings = model.peft_config[name]
         settings.total_step -= first
-        _check_room(settings.tinit, settings.tfinal, settings.total_step)
+        check_room("adapter.tinit", settings.tinit, settings.tfinal, settings.total_step)
         self.budget = _Budget(self.parameters, settings, name)
         self.pattern: dict[str, list[bool]] | None = None
         self.exact = False  # whether the weights are now as the last mask left them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ def check_method(recipe: Recipe, stage: str, deepspeed: dict[str, Any]) -> None:
             raise UserError(where, found, fix=f"{fix}, or use zero2")
     if config.get("model_type") in CONV1D and not method.conv1d:
         raise UserError(where, f"{adapter.method} on {config['model_type']}: {method.why}", fix=fix)
+    if adapter.method == "adalora":
+        _check_pruning(recipe.where("stages", stage, "adapter", "tinit"), block)
     if isinstance(block, Ppo):
         _check_ppo(where, block)
     if config:
@@ -71,6 +74,39 @@ def _check_ppo(where: str, block: Ppo) -> None:
             f"rollouts by a merged copy, and {name} adds no matrix to the weights"
             + (" of a 4-bit base" if method.additive else ""),
             fix="write `adapter: auto`",
+        )
+
+
+def _check_pruning(where: str, block: Stage) -> None:
+    """Where the recipe says how many optimizer steps there are, AdaLoRA's ranks must have some to fall in; a frozen actor's
+    schedule is shorter by those it waits for."""
+    total, waits = getattr(block, "steps", None), 0
+    if total is None:
+        return  # epochs over data that nobody has counted yet: the stage itself will check
+    if isinstance(block, Ppo):
+        updates = block.epochs * block.minibatches
+        total, waits = total * updates, block.freezing_actor_steps * updates
+    check_room(where, *pruning(block.adapter, total), total - waits)
+
+
+def pruning(adapter: Adapter, total: int) -> tuple[int, int]:
+    """(steps before AdaLoRA's ranks fall, steps after they are final) of `total` optimizer steps. What the recipe gives is a
+    number of steps, or below 1 a share of them, rounded up: what `warmup` means."""
+
+    def steps(given: float) -> int:
+        return math.ceil(given * total) if given < 1 else int(given)
+
+    return steps(adapter.tinit), max(1, steps(adapter.tfinal))
+
+
+def check_room(where: str, first: int, last: int, total: int) -> None:
+    """Raise UserError unless AdaLoRA has a step to prune in, of `total` between the `first` and the `last`."""
+    if first >= total - last:
+        raise UserError(
+            where,
+            f"ranks would be pruned between step {first} and step {total - last}, of {total}",
+            expected="tinit + tfinal below the optimizer steps in which the adapter trains",
+            fix="lower tinit or tfinal, or write them as shares of the steps, such as 0.1 and 0.2",
         )
 
 

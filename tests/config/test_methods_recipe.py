@@ -191,6 +191,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "adapter",
         ["must add up to less than 1"],
     ),
+    "no step to allocate in": (
+        {"adapter": {"method": "adalora", "tinit": 40, "tfinal": 60}, "stages__sft__steps": 100},
+        "stages.sft.adapter.tinit",
+        ["ranks would be pruned between step 40 and step 40, of 100", "lower tinit or tfinal"],
+    ),
+    "too few updates to allocate in": (  # 4 steps x 2 epochs x 2 minibatches, after the last of which ranks are final
+        {
+            "adapter": {"method": "adalora", "tinit": 15, "tfinal": 0},
+            "stages__ppo__steps": 4,
+            "stages__ppo__epochs": 2,
+            "stages__ppo__minibatches": 2,
+        },
+        "stages.ppo.adapter.tinit",
+        ["ranks would be pruned between step 15 and step 15, of 16"],
+    ),
+    "an actor that waits too long to allocate in": (  # a share is of all 10 updates, of which 7 are the critic's alone
+        {"adapter": {"method": "adalora", "tinit": 0.2, "tfinal": 0.1}, "stages__ppo__freezing_actor_steps": 7},
+        "stages.ppo.adapter.tinit",
+        ["ranks would be pruned between step 2 and step 2, of 3"],
+    ),
 }
 
 
@@ -212,6 +232,13 @@ def test_without_a_critic_nothing_builds_on_the_reward_model(tmp_path: Path) -> 
     grpo = {"stages__ppo__advantage_estimator": "grpo", "stages__ppo__samples_per_prompt": 4}
     load(recipe(tmp_path, stages__ppo__reward=[{"function": "package.module:score"}], **grpo))
     load(recipe(tmp_path, stages__reward__adapter={"method": "mam"}, **grpo))
+
+
+def test_ranks_have_one_step_to_fall_in(tmp_path: Path) -> None:
+    """Step 40 alone of 100; or nobody knows yet how many steps there are."""
+    adapter = {"method": "adalora", "tinit": 40, "tfinal": 59}
+    load(recipe(tmp_path, adapter=adapter, stages__sft__steps=100, stages__ppo__steps=100))
+    load(recipe(tmp_path, adapter=adapter, stages__ppo__steps=100))
 
 
 def test_bitfit_merges_where_the_family_holds_biases(tmp_path: Path) -> None:
