@@ -16,6 +16,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.config.schema import Base
 from pipeline.errors import UserError
@@ -219,6 +220,19 @@ def _whole_weights() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
+def _packed_conv1d(model: Any) -> list[str]:
+    """Names of 4-bit layers that stand for GPT-2's Conv1D. They are linear, as is what dequantising makes of them."""
+    return [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
+
+
+def _to_conv1d(model: Any, name: str) -> None:
+    """Put a Conv1D, whose weights are transposed, in place of the linear layer `name`: what the architecture's files hold."""
+    linear = model.get_submodule(name)
+    layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight, layer.bias = torch.nn.Parameter(linear.weight.data.T.contiguous()), linear.bias
+    model.set_submodule(name, layer)
+
+
 def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
     """Write the full model of an adapter baton to `target`: base in full precision, adapter merged, once.
 
@@ -242,10 +256,13 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
     config.task_type = None  # PEFT refuses a language model's adapter on a classifier
     with _whole_weights():
         below = (causal if kind == "causal" else classifier)(held, tok, sharded=False)
+        transposed = _packed_conv1d(below)
         if held.quantization is not None:  # what the adapter was trained on are the quantised weights' values
             below = below.dequantize()
         model = PeftModel.from_pretrained(below.float(), str(baton.path), config=config)
         merged = model.merge_and_unload().to(DTYPES[base.dtype])
+        for name in transposed:
+            _to_conv1d(merged, name)
         lost = unwritable_biases(merged)
     if lost:
         raise UserError(

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.adapters import build
 from pipeline.adapters.bitfit import unwritable_biases
-from pipeline.config.fitting import CONV1D
 from pipeline.config.methods import METHODS
 from pipeline.config.recipe import load
 from pipeline.config.schema import Adapter, Sampling
@@ -26,17 +25,10 @@ from pipeline.model import begin
 from pipeline.model.roles import Role, Roles
 from pipeline.stage import Context
 from tests.support import tiny
-from tests.support.methods import adapter
+from tests.support.methods import CASES, adapter
 
 pytestmark = pytest.mark.fast
 
-FAMILIES = ("llama", "qwen2", "opt", "gpt2")
-CASES = [
-    (method, family)
-    for method in METHODS
-    for family in FAMILIES
-    if method not in ("full", "qlora") and (METHODS[method].conv1d or family not in CONV1D)
-]
 STILL: dict[str, dict[str, float]] = {
     "opt": {"dropout": 0.0},
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.config.fitting import CONV1D
 from pipeline.config.methods import METHODS
 from pipeline.config.schema import Adapter
+
+FAMILIES = ("llama", "qwen2", "opt", "gpt2")
+
+
+def fits(method: str, family: str) -> bool:
+    """Whether a family's layers can have the method's adapter."""
+    return METHODS[method].conv1d or family not in CONV1D
+
+
+CASES = [
+    (method, family)
+    for method in METHODS
+    for family in FAMILIES
+    if method not in ("full", "qlora") and fits(method, family)
+]
+"""Every adapter on whole weights x every family."""
 
 SMALL: dict[str, Any] = {
     "num_virtual_tokens": 3,

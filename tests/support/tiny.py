@@ -60,6 +60,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+WIDE: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 128, "intermediate_size": 256},
+    "qwen2": {"hidden_size": 128, "intermediate_size": 256},
+    "opt": {"hidden_size": 128, "ffn_dim": 256, "word_embed_proj_dim": 64},
+    "gpt2": {"n_embd": 128},
+}
+"""Changes to SHAPES for 4-bit weights: bitsandbytes packs blocks of 64, and its CPU kernels want whole ones in every row."""
+
+
 def build(shape: str = "llama", attention: str = "sdpa", **changes: Any) -> Any:
     """A random model of 97 tokens (pad 0, EOS 1) whose next-token distribution is far from flat."""
     import torch
