@@ -177,23 +177,27 @@ class Roles(nn.Module):
                 speaker = {self.roles[role].adapter: role for role in reversed(sharers)}
                 states = {adapter: self._hidden(speaker[adapter], tokens) for adapter in adapters}
             else:
-                with self._side_by_side(trunk, adapters, len(tokens)):
+                with self._side_by_side(trunk, adapters):
                     together = self._forward(sharers[0], tokens.repeat(len(adapters), 1))
                 states = dict(zip(adapters, together.chunk(len(adapters)), strict=True))
             found |= {role: states[self.roles[role].adapter] for role in sharers}
         return found
 
     @contextmanager
-    def _side_by_side(self, trunk: str, adapters: list[str | None], rows: int) -> Iterator[None]:
-        """Apply each LoRA adapter to `rows` rows of the next batch, the first to the first. PEFT can too, but in the order of
-        a set, which differs between ranks: under ZeRO-3 they would wait for each other."""
+    def _side_by_side(self, trunk: str, adapters: list[str | None]) -> Iterator[None]:
+        """Apply each LoRA adapter to an equal part of the next batch, the first to the first. PEFT can too, but in the order
+        of a set, which differs between ranks: under ZeRO-3 they would wait for each other.
+
+        A part is a share of a layer's first dimension, which need not count rows: OPT's feed-forward layers are given
+        [B L, H].
+        """
 
         def add(layer: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
-            for place, adapter in enumerate(adapters):
+            parts = zip(adapters, args[0].chunk(len(adapters)), result.chunk(len(adapters)), strict=True)
+            for adapter, given, part in parts:
                 if adapter in layer.lora_A:
-                    part = slice(place * rows, (place + 1) * rows)
                     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-                    result[part] += up(down(args[0][part].to(down.weight.dtype))) * layer.scaling[adapter]
+                    part += up(down(given.to(down.weight.dtype))) * layer.scaling[adapter]
 
         hooks = [layer.register_forward_hook(add) for layer in self._tuners[trunk]]
         for layer in self._tuners[trunk]:

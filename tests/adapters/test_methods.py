@@ -6,7 +6,7 @@ One tiny model is built for each method and family, its adapter moved away from 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from pipeline.model import begin
 from pipeline.model.roles import Role, Roles
 from pipeline.stage import Context
 from tests.support import tiny
-from tests.support.methods import CASES, adapter
+from tests.support.methods import CASES, FAMILIES, adapter
 
 pytestmark = pytest.mark.fast
 
@@ -248,3 +248,26 @@ def test_texts_that_virtual_tokens_make_too_long_are_refused(tmp_path: Path) -> 
     begin._check_context(context, tiny.build("llama"), 125)
     with pytest.raises(UserError, match=r"126 tokens, and 3 virtual ones before it.*\n.*max_length: 125"):
         begin._check_context(context, tiny.build("llama"), 126)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].mixed])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_roles_read_one_batch_as_each_does_alone(family: str, method: str) -> None:
+    """Also in OPT, whose feed-forward layers are given the tokens of all rows as one list."""
+    torch.manual_seed(1)
+    trunk: Any = tiny.build(family, **STILL.get(family, {}))
+    configs = {name: build.config(adapter(method), trunk, "CAUSAL_LM") for name in ("policy", "other")}
+    for name, config in configs.items():
+        trunk = build.add(trunk, config, name)
+        with torch.no_grad():
+            for parameter in build.trained(trunk, name):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapters = {"policy": "policy", "base": None, "other": "other"}
+    roles = Roles({"policy": trunk}, {}, {role: Role("policy", name, False) for role, name in adapters.items()}).eval()
+    asked = (rows(PROMPTS), torch.tensor([1, 2, 3]), torch.tensor([2, 4, 5]), 5, 1.0)
+    with torch.no_grad():
+        together = roles.read(list(adapters), *asked)
+        alone = {role: roles.log_probs(role, *asked)[0] for role in adapters}
+    for role, said in alone.items():
+        torch.testing.assert_close(together[role], said, atol=1e-4, rtol=0)
+    assert (alone["policy"] - alone["other"]).abs().max() > 1e-2
