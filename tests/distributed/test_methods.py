@@ -5,20 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from pipeline.config.methods import METHODS
 from tests.support import tiny
-from tests.support.methods import changes
+from tests.support.methods import FAMILIES, changes, fits
 from tests.support.session import Ranks
 
 Get = Callable[[int], Ranks]
 
-ALONE = [m for m in METHODS if m not in ("full", "qlora", "adalora")]
-"""Methods on whole weights; AdaLoRA, whose ranks move, has tests of its own."""
+ALONE = [m for m in METHODS if m not in ("full", "qlora")]
+"""Methods on whole weights."""
 
 NF4 = {"base__quantization": "nf4", "base__dtype": "bf16"}
 CHAINS: list[tuple[str, int, dict[str, Any]]] = [
@@ -38,10 +38,24 @@ CHAINS: list[tuple[str, int, dict[str, Any]]] = [
 """A method of each kind of adapter, a ZeRO stage, and what else the recipe says; all of both are in `scripts/matrix.py`."""
 
 
-@pytest.fixture(scope="module")
-def alone(ranks: Get, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    """What one process without ZeRO makes of each method's adapter."""
-    return trained(ranks, 1, tiny_llama, ALONE, 0, tmp_path_factory.mktemp("alone"))
+ONE_BLOCK = {"qwen2": {"num_hidden_layers": 1}, "opt": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}}
+"""Under ZeRO-3 each weight is fetched by itself; what Llama's two blocks show need not be shown again."""
+
+
+class Alone(NamedTuple):
+    """What one process without ZeRO makes of each method's adapter on a base."""
+
+    family: str
+    base: Path
+    adapters: dict[str, dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def alone(request: pytest.FixtureRequest, ranks: Get, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    family, folder = request.param, tmp_path_factory.mktemp("alone")
+    base = tiny.model(folder / "base", family, **ONE_BLOCK.get(family, {}))
+    methods = [method for method in ALONE if fits(method, family)]
+    return Alone(family, base, trained(ranks, 1, base, methods, 0, folder))
 
 
 def trained(ranks: Get, world: int, base: Path, methods: list[str], stage: int, folder: Path) -> Any:
@@ -52,13 +66,13 @@ def trained(ranks: Get, world: int, base: Path, methods: list[str], stage: int, 
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_ranks_train_what_one_process_trains(
-    ranks: Get, tiny_llama: Path, tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]], stage: int
-) -> None:
-    methods = [m for m in ALONE if stage < 3 or METHODS[m].zero3]
-    for method, found in trained(ranks, 2, tiny_llama, methods, stage, tmp_path).items():
-        assert found.keys() == alone[method].keys()
-        for name, value in alone[method].items():
+def test_ranks_train_what_one_process_trains(ranks: Get, tmp_path: Path, alone: Alone, stage: int) -> None:
+    """On two ranks under every ZeRO stage, on every family, whatever can be there: three steps. Llama has two blocks, the
+    others one."""
+    methods = [m for m in alone.adapters if stage < 3 or METHODS[m].zero3]
+    for method, found in trained(ranks, 2, alone.base, methods, stage, tmp_path).items():
+        assert found.keys() == alone.adapters[method].keys()
+        for name, value in alone.adapters[method].items():
             torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4, msg=lambda m: f"{method} {name}: {m}")  # noqa: B023
 
 
