@@ -26,16 +26,16 @@ FUNCTION = "tests.distributed.method_cases:vowels"
 ROWS = [[7, 12, 33, 41], [5, 90, 6, 8], [64, 11, 23, 52], [31, 4, 9, 27]]
 
 
-def train(base: str, methods: list[str], stage: int, target: str, packed: bool = False) -> None:
-    """For each method, three SGD steps on this rank's share of four rows, from a base that is sharded while it loads under
+def train(base: str, methods: list[str], stage: int, target: str, packed: bool = False, steps: int = 3) -> None:
+    """For each method, `steps` SGD steps on this rank's share of four rows, from a base that is sharded while it loads under
     ZeRO-3, or `packed` in 4 bits. Rank 0 writes the adapters as they are then to `target`."""
     engine.start(0)
-    found = {method: _train(base, method, stage, packed) for method in methods}
+    found = {method: _train(base, method, stage, packed, steps) for method in methods}
     if int(os.environ["RANK"]) == 0:
         torch.save(found, target)
 
 
-def _train(base: str, method: str, stage: int, packed: bool) -> dict[str, Tensor]:
+def _train(base: str, method: str, stage: int, packed: bool, steps: int) -> dict[str, Tensor]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": len(ROWS) // world,
@@ -65,7 +65,7 @@ def _train(base: str, method: str, stage: int, packed: bool) -> dict[str, Tensor
         allocation.follow(run, lambda: run.global_steps)
     ids = torch.tensor(ROWS[rank * len(ROWS) // world : (rank + 1) * len(ROWS) // world])
     positions = torch.arange(ids.shape[1]).expand_as(ids)
-    for _ in range(3):
+    for _ in range(steps):
         mask = torch.ones_like(ids)
         run.backward(run(input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids).loss)
         run.step()
