@@ -13,7 +13,8 @@ from typing import Any
 from pipeline.config.glue import HUB, TASKS, Part, Task
 from pipeline.config.recipe import Recipe
 from pipeline.config.schema import Classify
-from pipeline.data.read import Row, file_hash, json_rows
+from pipeline.data.formats import file_rows
+from pipeline.data.read import Bad, Row, file_hash
 from pipeline.errors import UserError
 
 PLACEHOLDER = "@placeholder"
@@ -137,11 +138,7 @@ def _hub(task: Task, part: Part, where: str) -> Iterator[Row]:
 
 def _official(file: Path, task: Task, counts: Counter[str]) -> Iterator[Row]:
     """Rows of an official file as the hub has them: MultiRC's answers and ReCoRD's queries one by one."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data {file}", f"cannot be read: {error}", fix="replace or re-download the file") from None
-    rows = _tsv_rows(text, str(file), task, counts) if file.suffix == ".tsv" else json_rows(text, str(file))
+    rows = _tsv_rows(file, task, counts) if file.suffix == ".tsv" else _json_rows(file)
     for row in rows:
         try:
             for fields in _FLATTEN.get(task.layout, _as_it_is)(row.fields):
@@ -152,8 +149,20 @@ def _official(file: Path, task: Task, counts: Counter[str]) -> Iterator[Row]:
             ) from None
 
 
-def _tsv_rows(text: str, name: str, task: Task, counts: Counter[str]) -> Iterator[Row]:
+def _json_rows(file: Path) -> Iterator[Row]:
+    for row in file_rows(file):
+        if isinstance(row, Bad):
+            raise UserError(f"data {row.where}", f"{row.reason}: {row.detail}", fix="mend or re-download the file")
+        yield row
+
+
+def _tsv_rows(file: Path, task: Task, counts: Counter[str]) -> Iterator[Row]:
     """Lines cut at tabs. Not the csv module: these files have no quoting, and texts with quotation marks in them."""
+    name = str(file)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data {name}", f"cannot be read: {error}", fix="replace or re-download the file") from None
     lines = text.split("\n")
     header = list(task.header) or lines.pop(0).rstrip("\r").split("\t")
     first = 1 if task.header else 2

@@ -1,59 +1,78 @@
-"""Files to rows: JSON, JSONL (both also `.gz`), CSV, Parquet, folders, globs and hub ids. Torch-free."""
+"""Paths to rows: files, folders, globs and hub ids. Torch-free; the formats are in `formats` and `columnar`."""
 
 from __future__ import annotations
 
-import csv
 import glob
-import gzip
 import hashlib
-import json
-import sys
-import zlib
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.formats import SUFFIXES, file_rows
+from pipeline.data.row import Bad as Bad
+from pipeline.data.row import Row as Row
 from pipeline.errors import UserError
 
-csv.field_size_limit(sys.maxsize)  # the module's default is 128 KiB, less than a long document
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
+DICTIONARY = "dataset_dict.json"
+BESIDE = {DICTIONARY, "dataset_info.json", "state.json"}
+"""What `save_to_disk` of the `datasets` library writes beside its Arrow files."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row as it stands in its file. `number` counts from 1: the line of a JSONL file, the element of a JSON list."""
+def files(path: str, split: str = "train") -> list[Path]:
+    """The data files `path` names (a file, a folder's files, or a glob), sorted; empty when it names nothing local.
 
-    fields: dict[str, Any]
-    file: str
-    number: int
-
-    @property
-    def where(self) -> str:
-        return f"{self.file}, row {self.number}"
-
-
-def files(path: str) -> list[Path]:
-    """The data files `path` names (a file, a folder's files, or a glob), sorted; empty when it names nothing local."""
+    Of a folder that `datasets` saved with several splits, the files of `split`.
+    """
     place = Path(path)
     if place.is_file():
         return [place]
-    found = (
-        [p for p in place.rglob("*") if p.is_file()]
-        if place.is_dir()
-        else [Path(p) for p in glob.glob(path, recursive=True)]
-    )
-    return sorted(p for p in found if p.name.endswith(SUFFIXES))
+    if place.is_dir():
+        if (place / DICTIONARY).is_file():
+            place /= split
+        found = [p for p in place.rglob("*") if not any(part.startswith(".") for part in p.relative_to(place).parts)]
+    else:
+        found = [Path(p) for p in glob.glob(path, recursive=True)]
+    return sorted(p for p in found if p.name.lower().endswith(SUFFIXES) and p.name not in BESIDE and p.is_file())
 
 
-def fingerprint(path: str) -> str:
-    """sha256 over the bytes of the files of `path`; of the name itself for a hub id."""
+def is_hub_id(path: str) -> bool:
+    """Whether a path that names nothing local is written like a dataset on the hub: `owner/name`."""
+    return (
+        path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.lower().endswith(SUFFIXES)
+    ) and not any(mark in path for mark in "*?[")
+
+
+def rows(path: str, revision: str | None = None, split: str = "train") -> Iterator[Row | Bad]:
+    """Every row of `path`, streamed. `revision` is a hub id's; `split` also that of a folder saved with several.
+
+    Raises UserError for what is missing or cannot be read at all.
+    """
+    found = files(path, split)
+    if found:
+        for file in found:
+            yield from file_rows(file)
+    elif is_hub_id(path) and not Path(path).exists():
+        yield from _hub_rows(path, revision, split)
+    else:
+        raise UserError(
+            f"data {path}",
+            f"no data file of split {split} in it" if Path(path).exists() else "no such file, folder or glob",
+            expected="a readable file ending in " + ", ".join(SUFFIXES),
+            fix="check the path; it is relative to the recipe file",
+        )
+
+
+def fingerprint(path: str, revision: str | None = None, split: str = "train") -> str:
+    """sha256 over the bytes of the files of `path`; of name, revision and split for a hub id."""
     hasher = hashlib.sha256()
-    found = files(path)
+    found = files(path, split)
     for file in found:
         hasher.update(file_hash(file).encode())
     if not found:
         hasher.update(path.encode())
+        if revision is not None or split != "train":
+            hasher.update(f"\0{revision or ''}\0{split}".encode())
     return hasher.hexdigest()
 
 
@@ -73,95 +92,59 @@ def _digest(stream: Any) -> str:
     return hasher.hexdigest()
 
 
-def rows(path: str) -> Iterator[Row]:
-    """Every row of `path`. Raises UserError for a missing or unreadable file, naming the file and the row."""
-    found = files(path)
-    if found:
-        for file in found:
-            yield from _file_rows(file)
-    elif path.count("/") == 1 and not path.startswith((".", "/")) and not path.endswith(SUFFIXES) and "*" not in path:
-        yield from _hub_rows(path)
-    else:
+def inside(path: str, root: Path, where: str) -> None:
+    """Refuse a path, or a file it names, that does not lie in the folder `root`; links are followed, hub ids let through.
+
+    For recipes that one does not trust. `where` names the recipe's key in the error.
+    """
+    allowed = root.resolve()
+    found = [Path(path), *files(path)]
+    if len(found) == 1 and not os.path.lexists(path) and is_hub_id(path) and ".." not in Path(path).parts:
+        return
+    for place in found:
+        # A glob is no place: what it begins with is.
+        fixed = Path(*_before_glob(place.parts)) if place == found[0] else place
+        if not fixed.resolve().is_relative_to(allowed):
+            raise UserError(
+                where,
+                f"{path} is outside {allowed}" if place == found[0] else f"{place} leads outside {allowed}",
+                expected="data inside the folder that was allowed",
+                fix="copy the data there, or allow its folder",
+            )
+
+
+def _before_glob(parts: tuple[str, ...]) -> tuple[str, ...]:
+    for number, part in enumerate(parts):
+        if glob.has_magic(part):
+            return parts[:number]
+    return parts
+
+
+def _hub_rows(path: str, revision: str | None, split: str) -> Iterator[Row]:
+    number = 0
+    try:
+        for number, fields in enumerate(_hub(path, revision, split), 1):
+            yield Row(fields, path, number)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises what its parts raise: OSError, ValueError, httpx's and its own
+        lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(
             f"data {path}",
-            "no such file, folder or glob",
-            expected="a readable file ending in " + ", ".join(SUFFIXES),
-            fix="check the path; it is relative to the recipe file",
-        )
-
-
-def _file_rows(file: Path) -> Iterator[Row]:
-    name = str(file)
-    try:
-        if name.endswith(".csv"):
-            with file.open(encoding="utf-8-sig", newline="") as stream:  # Excel writes a byte-order mark
-                for number, fields in enumerate(csv.DictReader(stream), 1):
-                    if None in fields:
-                        raise UserError(
-                            f"data {name}, row {number}",
-                            f"{len(fields[None])} more cells than columns",
-                            expected="one cell per column",
-                            fix="quote cells that hold commas",
-                        )
-                    yield Row(dict(fields), name, number)
-        elif name.endswith(".parquet"):
-            for number, fields in enumerate(_parquet(file), 1):
-                yield Row(fields, name, number)
-        else:
-            with (
-                gzip.open(file, "rt", encoding="utf-8") if name.endswith(".gz") else file.open(encoding="utf-8") as text
-            ):
-                yield from json_rows(text.read(), name)
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(f"data {name}", f"cannot be read: {error}", fix="replace or re-download the file") from None
-
-
-def _parquet(file: Path) -> list[dict[str, Any]]:
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
-
-    try:
-        return list(parquet.read_table(file).to_pylist())
-    except arrow.ArrowException as error:
-        raise OSError(str(error).splitlines()[0]) from None
-
-
-def json_rows(text: str, name: str) -> Iterator[Row]:
-    if text.lstrip().startswith("["):
-        try:
-            elements = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"data {name}, line {error.lineno}", f"not valid JSON: {error.msg}") from None
-        numbered: Iterator[tuple[int, Any]] = enumerate(elements, 1)
-    else:
-        # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-        numbered = ((n, _line(line, name, n)) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-    for number, fields in numbered:
-        if not isinstance(fields, dict):
-            raise UserError(f"data {name}, row {number}", f"found {type(fields).__name__}", expected="a JSON object")
-        yield Row(fields, name, number)
-
-
-def _line(line: str, name: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"data {name}, row {number}", f"not valid JSON: {error.msg}", fix="mend or remove the row"
+            f"the hub gave {number} rows and then failed: {lines[0]}"
+            if number
+            else f"no such local file, and the hub did not give it: {lines[0]}",
+            fix="check spelling, revision, split and network; give a local file; or, if it was downloaded before, "
+            "set HF_HUB_OFFLINE=1",
         ) from None
 
 
-def _hub_rows(path: str) -> Iterator[Row]:
+def _hub(path: str, revision: str | None, split: str) -> Iterator[dict[str, Any]]:
+    """A hub dataset's rows: streamed; or, where HF_HUB_OFFLINE is set, from the copy that was downloaded earlier."""
     from datasets import load_dataset
+    from huggingface_hub import HfApi, constants
 
-    try:
-        dataset = load_dataset(path, split="train")
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"data {path}",
-            f"no such local file, and the hub did not give it: {reason}",
-            fix="check the spelling and the network, or give a local file",
-        ) from None
-    for number, fields in enumerate(dataset, 1):
-        yield Row(fields, path, number)
+    offline = constants.HF_HUB_OFFLINE
+    if not offline:
+        HfApi().dataset_info(path, revision=revision, timeout=10)  # says what is wrong at once; datasets tries for long
+    return iter(load_dataset(path, split=split, revision=revision, streaming=not offline))

@@ -1,161 +1,352 @@
-"""Rows to examples: what a prompt, a reply and a preference are in the formats people have. Torch-free.
+"""Rows to examples: what a prompt, a reply and a preference are in the shapes people have. Torch-free.
 
-Recognised: `prompt`+`completion`, `prompt`+`chosen`+`rejected`, `chosen`+`rejected` with the prompt implied (HH-RLHF
-transcripts or message lists), `messages`, `text`, `prompt` alone, and Alpaca's `instruction`/`input`/`output`, also with
-`chosen` and `rejected`. A text is a string, or a list of {role, content} messages.
+A row is recognised by its fields alone. Everything that makes it unusable is a `Skip` whose text is the reason.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.data.read import Row
-from pipeline.errors import UserError
+from pipeline.data.messages import TURN as TURN
+from pipeline.data.messages import Message as Message
+from pipeline.data.messages import Text as Text
+from pipeline.data.messages import has_words, is_conversation, messages, tools
+from pipeline.data.messages import transcript as transcript
+from pipeline.data.row import Row, kind
+from pipeline.data.row import Skip as Skip
 
-Text = str | list[dict[str, str]]
-TURN = "\n\nAssistant:"
+UNRECOGNISED = "no shape is recognised"
+DIFFERENT = "chosen and rejected answer different prompts"
+SHAPES = (
+    "text; messages; prompt; prompt and completion, also with label; prompt, chosen and rejected; chosen and rejected; "
+    "conversations (ShareGPT); instruction, input and output (Alpaca), also with chosen and rejected; instruction and "
+    "instances; question and answer"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a row says what it says. `pair` tells that it holds a chosen and a rejected reply."""
+
+    name: str
+    conversational: bool = False
+    pair: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} (conversational)" if self.conversational else self.name
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its replies; a reply that the row does not have is None. `margin` is how much better `chosen` is;
-    `source` is the path, as the recipe writes it, that the row came from, and `row` its fields."""
+    """A prompt and its replies; a reply that the row does not have is None. As text they are what the row says; as messages,
+    the prompt's go up to the reply, and a reply is usually one message of the assistant's.
+
+    `margin` is how much better `chosen` is; `label` whether `chosen` is a good reply, where a row has one reply and says so;
+    `tools` what the conversation may call; `source` the path, as the recipe writes it, that the row came from, and `row`
+    its fields.
+    """
 
     prompt: Text
-    chosen: str | None = None
-    rejected: str | None = None
+    chosen: Text | None = None
+    rejected: Text | None = None
     margin: float | None = None
+    label: bool | None = None
+    tools: list[Any] | None = None
     source: str = ""
     row: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
-class Skip(Exception):
-    """A well-formed row that cannot be used; its text is the reason, and the stage counts it."""
+def recognise(fields: dict[str, Any]) -> Shape | None:
+    """The shape of a row with these fields; None when there is none. A field that holds None is taken as absent."""
+    has = {name for name, value in fields.items() if value is not None}
+    if {"chosen", "rejected"} <= has:
+        return _pair_shape(fields, has)
+    if "messages" in has:
+        return Shape("messages", conversational=True)
+    if "conversations" in has:
+        return Shape("ShareGPT", conversational=True)
+    if {"prompt", "completion"} <= has:
+        name = "prompt + completion + label" if "label" in has else "prompt + completion"
+        return Shape(name, is_conversation(fields["prompt"]) or is_conversation(fields["completion"]))
+    if "instruction" in has:
+        return Shape("Self-Instruct" if "instances" in has else "Alpaca")
+    if "prompt" in has:
+        return Shape("prompt", is_conversation(fields["prompt"]))
+    if {"question", "answer"} <= has:
+        return Shape("question + answer")
+    return Shape("text") if "text" in has else None
+
+
+def _pair_shape(fields: dict[str, Any], has: set[str]) -> Shape:
+    conversational = any(is_conversation(fields[name]) for name in ("chosen", "rejected"))
+    if "conversations" in has:
+        return Shape("ShareGPT pair", conversational=True, pair=True)
+    if "prompt" in has:
+        return Shape("prompt + chosen + rejected", conversational or is_conversation(fields["prompt"]), pair=True)
+    if "instruction" in has:
+        return Shape("Alpaca pair", conversational, pair=True)
+    if not conversational and TURN in f"{fields['chosen']}":
+        return Shape("HH-RLHF transcript pair", pair=True)
+    return Shape("chosen + rejected", conversational, pair=True)
+
+
+# ---------------------------------------------------------------- readers
 
 
 def demonstration(row: Row, take: str) -> Example:
-    """Prompt and one reply: the completion, or the `chosen` or `rejected` side of a preference."""
-    if {"chosen", "rejected"} <= row.fields.keys():
+    """Prompt and one reply: the completion, or the `chosen` or `rejected` side of a preference. Of replies labelled good or
+    bad, `take` chooses likewise."""
+    shape = _known(row)
+    if shape.pair:
         both = preference(row)
-        return Example(both.prompt, both.chosen if take == "chosen" else both.rejected)
-    prompt, completion = _prompt(row), _field(row, "completion", "output")
-    if "messages" in row.fields:
-        *history, last = _messages(row, "messages")
-        if last["role"] != "assistant":
-            raise Skip("the last message is not the assistant's")
-        prompt, completion = history, last["content"]
-    elif "text" in row.fields and prompt is None:
-        prompt, completion = "", row.fields["text"]
-    if prompt is None or not isinstance(completion, str):
-        raise _missing(row, "prompt and completion, chosen and rejected, messages, text, or instruction and output")
-    if not completion.strip():
-        raise Skip("empty reply")
-    return Example(prompt, completion)
+        return Example(both.prompt, both.chosen if take == "chosen" else both.rejected, tools=both.tools)
+    label = row.fields.get("label") if shape.name.endswith("label") else None
+    if isinstance(label, str) and label.strip().lower() in ("true", "false"):
+        label = label.strip().lower() == "true"
+    if isinstance(label, bool) and label != (take == "chosen"):
+        raise Skip("labelled bad" if take == "chosen" else "labelled good", bad=False)
+    return _one_reply(row, shape)
+
+
+def unpaired(row: Row) -> Example:
+    """Prompt, one reply, and whether it is a good one."""
+    shape, value = _known(row), row.fields.get("label")
+    if value is None or value == "":
+        raise Skip("missing: label")
+    known = {"true": True, "1": True, "false": False, "0": False}
+    label = known.get(str(value).strip().lower())
+    if label is None:
+        raise Skip("label is neither true nor false")
+    one = _one_reply(row, shape)
+    return Example(one.prompt, one.chosen, label=label, tools=one.tools)
 
 
 def preference(row: Row) -> Example:
     """Prompt, better and worse reply. Raises Skip when the two are equal, empty or answer different prompts."""
-    chosen, rejected = row.fields.get("chosen"), row.fields.get("rejected")
-    if chosen is None or rejected is None:
-        raise _missing(row, "chosen and rejected")
-    prompt = _prompt(row)
-    if prompt is None:
-        prompt, chosen, rejected = _implied(row, chosen, rejected)
-    chosen, rejected = _reply(row, chosen), _reply(row, rejected)
+    shape = _known(row)
+    absent = [name for name in ("chosen", "rejected") if row.fields.get(name) is None]
+    if absent:
+        raise Skip("missing: " + ", ".join(absent))
+    prompt, chosen, rejected = _both(row.fields, shape)
     if chosen == rejected:
         raise Skip("chosen equals rejected")
-    if not chosen.strip() or not rejected.strip():
-        raise Skip("empty reply")
-    return Example(prompt, chosen, rejected, _margin(row))
+    _not_empty(chosen)
+    _not_empty(rejected)
+    return Example(prompt, chosen, rejected, _margin(row.fields), tools=tools(row.fields.get("tools")))
 
 
 def prompt_only(row: Row) -> Example:
-    """The prompt of a row of any shape."""
-    prompt = _prompt(row)
-    if prompt is None and {"chosen", "rejected"} <= row.fields.keys():
-        prompt = _implied(row, row.fields["chosen"], row.fields["rejected"])[0]
-    elif prompt is None and "messages" in row.fields:
-        messages = _messages(row, "messages")
-        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    if prompt is None:
-        raise _missing(row, "prompt, instruction, messages, or chosen and rejected")
-    return Example(prompt)
+    """The prompt of a row of any shape but plain `text`."""
+    shape, fields = _known(row), row.fields
+    if shape.pair:
+        prompt = _both(fields, shape)[0]
+    elif shape.name in ("messages", "ShareGPT"):
+        prompt = _conversation(fields, shape)
+        if prompt[-1]["role"] == "assistant":
+            prompt = _before(prompt)
+    else:
+        given = _prompt(fields, shape)
+        if given is None:
+            raise Skip("missing: prompt")
+        prompt = given
+        if isinstance(prompt, str) and is_conversation(fields.get("completion")):
+            prompt = [{"role": "user", "content": prompt}]
+    return Example(prompt, tools=tools(fields.get("tools")))
 
 
 def plain(text: Text) -> str:
     """A text as one string, to hash and to show."""
-    return text if isinstance(text, str) else "\n".join(f"{m['role']}: {m['content']}" for m in text)
+    if isinstance(text, str):
+        return text
+    return "\n".join(
+        f"{m['role']}: {m['content']}" + (json.dumps(m["tool_calls"], default=str) if m.get("tool_calls") else "")
+        for m in text
+    )
 
 
-def _prompt(row: Row) -> Text | None:
+# ---------------------------------------------------------------- parts of a row
+
+
+def _known(row: Row) -> Shape:
+    shape = recognise(row.fields)
+    if shape is None:
+        raise Skip(UNRECOGNISED)
+    return shape
+
+
+def _one_reply(row: Row, shape: Shape) -> Example:
     fields = row.fields
-    if "prompt" in fields:
-        prompt = fields["prompt"]
-        return prompt if isinstance(prompt, str) else _messages(row, "prompt")
-    if isinstance(fields.get("instruction"), str):
-        given = f"\n\n### Input:\n{fields['input']}" if fields.get("input") else ""
-        return f"### Instruction:\n{fields['instruction']}{given}\n\n### Response:\n"
-    return None
+    given = tools(fields.get("tools"))
+    if shape.name in ("messages", "ShareGPT"):
+        turns = _conversation(fields, shape)
+        if turns[-1]["role"] != "assistant":
+            raise Skip("the last message is not the assistant's")
+        _not_empty(turns[-1:])
+        return Example(_before(turns), turns[-1:], tools=given)
+    if shape.name == "text":
+        text = fields["text"]
+        if not isinstance(text, str):
+            raise Skip(f"text is {kind(text)}, not text")
+        if not text.strip():
+            raise Skip("empty text")
+        return Example("", text)
+    prompt, (name, value) = _prompt(fields, shape), _completion(fields, shape)
+    if prompt is None or value is None:
+        raise Skip(f"missing: {name if value is None else 'prompt'}")
+    prompt, reply = _alike(prompt, _side(value, name))
+    _not_empty(reply)
+    return Example(prompt, reply, tools=given)
 
 
-def _field(row: Row, *names: str) -> Any:
-    return next((row.fields[name] for name in names if row.fields.get(name) is not None), None)
+def _completion(fields: dict[str, Any], shape: Shape) -> tuple[str, Any]:
+    """(field, value) of the reply."""
+    if shape.name == "Self-Instruct":
+        return "output", _instance(fields).get("output")
+    names = {"question + answer": ("answer",), "Alpaca": ("output", "completion", "response")}
+    listed = names.get(shape.name, ("completion",))
+    name = next((name for name in listed if fields.get(name) is not None), listed[0])
+    return name, fields.get(name)
 
 
-def _reply(row: Row, value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[-1], dict) and "content" in value[-1]:
-        return str(value[-1]["content"])
+def _prompt(fields: dict[str, Any], shape: Shape) -> Text | None:
+    """What stands before the reply, where a field of its own says so. Raises Skip when that is empty."""
+    if shape.name.startswith("ShareGPT"):
+        return _conversation(fields, shape)
+    if fields.get("prompt") is not None:
+        return _filled(_side(fields["prompt"], "prompt"))
+    if shape.name == "question + answer":
+        return _filled(_text(fields["question"], "question"))
+    if fields.get("instruction") is None:
+        return None
+    instruction = _text(fields["instruction"], "instruction")
+    _filled(instruction)
+    given = _instance(fields).get("input") if shape.name == "Self-Instruct" else fields.get("input")
+    more = f"\n\n### Input:\n{_text(given, 'input')}" if given else ""
+    return f"### Instruction:\n{instruction}{more}\n\n### Response:\n"
+
+
+def _instance(fields: dict[str, Any]) -> dict[str, Any]:
+    listed = fields["instances"]
+    if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict):
+        raise Skip("instances is not a list of objects")
+    if len(listed) > 1:
+        raise Skip("more than one instance")
+    return listed[0]
+
+
+def _conversation(fields: dict[str, Any], shape: Shape) -> list[Message]:
+    """The turns of `messages` or ShareGPT's `conversations`; the latter may have the system's apart."""
+    if shape.name == "messages":
+        return messages(fields["messages"], "messages")
+    turns = messages(fields["conversations"], "conversations")
+    system = fields.get("system")
+    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    return turns
+
+
+def _both(fields: dict[str, Any], shape: Shape) -> tuple[Text, Text, Text]:
+    """Prompt and the two replies, in one form: all text, or all messages."""
+    chosen, rejected = _side(fields["chosen"], "chosen"), _side(fields["rejected"], "rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise Skip("of chosen and rejected one is text and one messages")
+    prompt = _prompt(fields, shape)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            return _shared_text(chosen, rejected)
+        return (*_alike(prompt, chosen), _alike(prompt, rejected)[1])
+    assert isinstance(chosen, list)
+    assert isinstance(rejected, list)
+    if isinstance(prompt, list):
+        return prompt, _after(prompt, chosen), _after(prompt, rejected)
+    if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
+        return [{"role": "user", "content": prompt}], chosen, rejected
+    return _shared_turns(chosen, rejected)  # a prompt as text beside whole conversations repeats what they begin with
+
+
+def _shared_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Split off what both sides begin with: a transcript up to its last turn, or the words that are the same."""
+    if TURN in chosen or TURN in rejected:
+        (head, turn, better), (other, _, worse) = chosen.rpartition(TURN), rejected.rpartition(TURN)
+        if head != other:
+            raise Skip(DIFFERENT)
+        return head + turn, better, worse
+    end = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if end is None:
+        end = min(len(chosen), len(rejected))
+    while end and not chosen[end : end + 1].isspace():  # back to the end of the last whole word
+        end -= 1
+    if not chosen[:end].strip():
+        raise Skip("chosen equals rejected" if chosen == rejected else "chosen and rejected share no prompt")
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _shared_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Split off the turns that both sides begin with; what is left must be replies alone."""
+    end, most = 0, min(len(chosen), len(rejected)) - 1
+    while end < most and chosen[end] == rejected[end]:
+        end += 1
+    prompt, better, worse = chosen[:end], chosen[end:], rejected[end:]
+    if not prompt or any(turn["role"] not in ("assistant", "tool") for turn in (*better, *worse)):
+        raise Skip(DIFFERENT)
+    return prompt, better, worse
+
+
+def _after(prompt: list[Message], reply: list[Message]) -> list[Message]:
+    """A reply without the prompt, which some data sets repeat in it."""
+    return reply[len(prompt) :] if len(reply) > len(prompt) and reply[: len(prompt)] == prompt else reply
+
+
+def _alike(prompt: Text, reply: Text) -> tuple[Text, Text]:
+    """Prompt and reply in one form: if either is messages, both are."""
+    if isinstance(prompt, str) and isinstance(reply, list):
+        return [{"role": "user", "content": prompt}], reply
+    if isinstance(prompt, list):
+        said = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else _after(prompt, reply)
+        return prompt, said
+    return prompt, reply
+
+
+def _before(turns: list[Message]) -> list[Message]:
+    if not any(has_words(turn) for turn in turns[:-1]):
+        raise Skip("empty prompt")
+    return turns[:-1]
+
+
+def _side(value: Any, name: str) -> Text:
+    return messages(value, name) if isinstance(value, list | dict) else _text(value, name)
+
+
+def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise UserError(
-            f"data {row.where}", f"a reply is {type(value).__name__}", expected="text or a list of messages"
-        )
+        raise Skip(f"{name} is {kind(value)}, not text")
     return value
 
 
-def _margin(row: Row) -> float | None:
-    value = row.fields.get("margin")
+def _filled(prompt: Text) -> Text:
+    if not (prompt.strip() if isinstance(prompt, str) else any(has_words(turn) for turn in prompt)):
+        raise Skip("empty prompt")
+    return prompt
+
+
+def _not_empty(reply: Text) -> None:
+    if isinstance(reply, list) and reply[-1]["role"] != "assistant":
+        raise Skip("the last message is not the assistant's")
+    if not (reply.strip() if isinstance(reply, str) else has_words(reply[-1])):
+        raise Skip("empty reply")
+
+
+def _margin(fields: dict[str, Any]) -> float | None:
+    value = fields.get("margin")
     if value is None or value == "":
         return None
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"data {row.where}", f"the margin is {value!r}", expected="a number") from None
-
-
-def _messages(row: Row, name: str) -> list[dict[str, str]]:
-    value = row.fields[name]
-    if not (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-    ):
-        raise UserError(
-            f"data {row.where}", f"`{name}` is not a list of messages", expected="[{role: …, content: …}, …]"
-        )
-    return value
-
-
-def _implied(row: Row, chosen: Any, rejected: Any) -> tuple[Text, Any, Any]:
-    """Split the prompt that both sides share off a transcript or a message list."""
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        head, turn, better = chosen.rpartition(TURN)
-        other, _, worse = rejected.rpartition(TURN)
-        if not turn:
-            raise _missing(row, f"prompt, or transcripts with {TURN!r}")
-        if head != other:
-            raise Skip("chosen and rejected answer different prompts")
-        return head + turn, better, worse
-    liked, disliked = _messages(row, "chosen"), _messages(row, "rejected")
-    if liked[:-1] != disliked[:-1]:
-        raise Skip("chosen and rejected answer different prompts")
-    return liked[:-1], liked[-1]["content"], disliked[-1]["content"]
-
-
-def _missing(row: Row, expected: str) -> UserError:
-    return UserError(
-        f"data {row.where}",
-        "fields found: " + (", ".join(sorted(row.fields)) or "none"),
-        expected=expected,
-        fix="add the missing field or remove the row",
-    )
+        margin = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise Skip("margin is not a finite number")
+    return margin

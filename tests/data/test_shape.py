@@ -1,5 +1,8 @@
-"""Rows to examples: prompt and replies of every format, the reasons to skip a row, and rows that are refused."""
+"""Rows to examples: prompt and replies of every format, and the reasons why a row is not used."""
 
+import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +11,17 @@ from typing import Any
 import pytest
 
 from pipeline.data.read import Row, rows
-from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only
-from pipeline.errors import UserError
+from pipeline.data.shape import (
+    Example,
+    Skip,
+    demonstration,
+    plain,
+    preference,
+    prompt_only,
+    recognise,
+    transcript,
+    unpaired,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -35,8 +47,8 @@ WITH_INPUT = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
     ("fields", "expected"),
     [
         ({"prompt": "p", "completion": "c"}, Example("p", "c")),
-        ({"prompt": CHAT, "completion": "In Norway."}, Example(CHAT, "In Norway.")),
-        ({"messages": [*CHAT, said("In Norway.")]}, Example(CHAT, "In Norway.")),
+        ({"prompt": CHAT, "completion": "In Norway."}, Example(CHAT, [said("In Norway.")])),
+        ({"messages": [*CHAT, said("In Norway.")]}, Example(CHAT, [said("In Norway.")])),
         ({"text": "Once upon a time."}, Example("", "Once upon a time.")),
         ({"instruction": "Add.", "input": "1 2", "output": "3"}, Example(WITH_INPUT, "3")),
         ({"instruction": "Add.", "input": "", "output": "3"}, Example(INSTRUCTION, "3")),
@@ -80,15 +92,15 @@ def test_demonstration_can_take_the_rejected_side() -> None:
         ),
         (
             {"chosen": [*CHAT, said("In Norway.")], "rejected": [*CHAT, said("No idea.")]},
-            Example(CHAT, "In Norway.", "No idea."),
+            Example(CHAT, [said("In Norway.")], [said("No idea.")]),
         ),
         (
             {"prompt": CHAT, "chosen": [said("In Norway.")], "rejected": [said("No idea.")]},
-            Example(CHAT, "In Norway.", "No idea."),
+            Example(CHAT, [said("In Norway.")], [said("No idea.")]),
         ),
         (
             {"prompt": "p", "chosen": [*CHAT, said("In Norway.")], "rejected": [*CHAT, said("No idea.")]},
-            Example("p", "In Norway.", "No idea."),
+            Example(CHAT, [said("In Norway.")], [said("No idea.")]),
         ),
         (
             {"instruction": "Add.", "input": "1 2", "chosen": "It is 3.", "rejected": "3!"},
@@ -170,33 +182,200 @@ def test_unusable_row_is_skipped_with_its_reason(reader: Reader, fields: dict[st
 
 
 @pytest.mark.parametrize(
-    ("reader", "fields", "words"),
+    ("reader", "fields", "reason"),
     [
-        (preference, {"prompt": "p", "chosen": "a"}, ["fields found: chosen, prompt", "expected chosen and rejected"]),
-        (preference, {"prompt": "p", "chosen": "a", "rejected": None}, ["expected chosen and rejected"]),
-        (preference, {"prompt": "p", "chosen": "a", "rejected": 3}, ["a reply is int", "text or a list of messages"]),
-        (preference, {"chosen": "a", "rejected": "b"}, ["fields found: chosen, rejected", "Assistant:"]),
+        (preference, {"prompt": "p", "chosen": "a"}, "missing: rejected"),
+        (preference, {"prompt": "p"}, "missing: chosen, rejected"),
+        (preference, {"prompt": "p", "chosen": "a", "rejected": None}, "missing: rejected"),
+        (preference, {"prompt": "p", "chosen": "a", "rejected": 3}, "rejected is a number, not text"),
+        (preference, {"prompt": "p", "chosen": "a", "rejected": [said("b")]}, "of chosen and rejected one is text"),
+        (preference, {"chosen": "a", "rejected": "b"}, "chosen and rejected share no prompt"),
+        (preference, {"chosen": "Same text.", "rejected": "Same text."}, "chosen equals rejected"),
         (
             preference,
             {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "much"},
-            ["the margin is 'much'", "a number"],
+            "margin is not a finite number",
         ),
-        (preference, {"chosen": [], "rejected": []}, ["`chosen` is not a list of messages"]),
-        (chosen_side, {"question": "q", "answer": "a"}, ["fields found: answer, question", "instruction and output"]),
-        (chosen_side, {"prompt": "p"}, ["fields found: prompt", "prompt and completion"]),
-        (chosen_side, {"prompt": [{"role": "user"}], "completion": "c"}, ["`prompt` is not a list of messages"]),
-        (chosen_side, {"messages": "hello"}, ["`messages` is not a list of messages", "role"]),
-        (prompt_only, {"text": "t"}, ["fields found: text", "expected prompt, instruction, messages"]),
-        (prompt_only, {}, ["fields found: none"]),
+        (
+            preference,
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": math.nan},
+            "margin is not a finite number",
+        ),
+        (preference, {"prompt": "p", "chosen": "a", "rejected": "b", "margin": True}, "margin is not a finite number"),
+        (preference, {"prompt": "", "chosen": "a", "rejected": "b"}, "empty prompt"),
+        (preference, {"chosen": [], "rejected": []}, "chosen is an empty list"),
+        (preference, {"chosen": [said("a")], "rejected": [said("b")]}, "answer different prompts"),
+        (chosen_side, {"turns": ["q"], "answer": "a"}, "no shape is recognised"),
+        (chosen_side, {}, "no shape is recognised"),
+        (chosen_side, {"prompt": "p"}, "missing: completion"),
+        (chosen_side, {"prompt": 3.5, "completion": "c"}, "prompt is a number, not text"),
+        (chosen_side, {"prompt": [1], "completion": "c"}, "a message of prompt is a number, not an object"),
+        (
+            chosen_side,
+            {"prompt": [{"role": "user"}], "completion": "c"},
+            "the content of a message of prompt is nothing",
+        ),
+        (chosen_side, {"prompt": " ", "completion": "c"}, "empty prompt"),
+        (chosen_side, {"text": "\n"}, "empty text"),
+        (chosen_side, {"text": 3}, "text is a number, not text"),
+        (chosen_side, {"messages": "hello"}, "messages is text, not a list of messages"),
+        (chosen_side, {"messages": [said("Hi.")]}, "empty prompt"),
+        (chosen_side, {"messages": [{"content": "x"}]}, "a message of messages has no role"),
+        (chosen_side, {"instruction": "Add.", "input": 3, "output": "3"}, "input is a number, not text"),
+        (chosen_side, {"instruction": "", "output": "3"}, "empty prompt"),
+        (chosen_side, {"instruction": "Add."}, "missing: output"),
+        (chosen_side, {"messages": [ASKED, said("a")], "tools": "{"}, "tools is not JSON"),
+        (chosen_side, {"messages": [ASKED, said("a")], "tools": {"a": 1}}, "tools is not a list of objects"),
+        (prompt_only, {"text": "t"}, "missing: prompt"),
+        (unpaired, {"prompt": "p", "completion": "c"}, "missing: label"),
+        (unpaired, {"prompt": "p", "completion": "c", "label": "good"}, "label is neither true nor false"),
+        (unpaired, {"prompt": "p", "completion": "c", "label": 2}, "label is neither true nor false"),
     ],
 )
-def test_row_of_no_known_shape_is_named(reader: Reader, fields: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(UserError) as raised:
+def test_what_is_wrong_with_a_row_is_one_short_reason(reader: Reader, fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Skip) as raised:
         reader(row(**fields))
-    message = str(raised.value)
-    assert message.startswith("data rows.jsonl, row 7: ")
-    for word in words:
-        assert word in message
+    assert reason in str(raised.value)
+    assert raised.value.bad
+    assert "7" not in str(raised.value)  # nothing of the row's place: equal faults are counted together
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "conversational"),
+    [
+        ({"text": "t"}, "text", False),
+        ({"messages": [ASKED]}, "messages", True),
+        ({"prompt": "p"}, "prompt", False),
+        ({"prompt": CHAT}, "prompt", True),
+        ({"prompt": "p", "completion": "c"}, "prompt + completion", False),
+        ({"prompt": CHAT, "completion": [said("c")]}, "prompt + completion", True),
+        ({"prompt": "p", "completion": "c", "label": False}, "prompt + completion + label", False),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "prompt + chosen + rejected", False),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "chosen + rejected", False),
+        ({"chosen": [*CHAT, said("a")], "rejected": [*CHAT, said("b")]}, "chosen + rejected", True),
+        ({"chosen": HUMAN + " a", "rejected": HUMAN + " b"}, "HH-RLHF transcript pair", False),
+        ({"instruction": "Add.", "output": "3", "text": "both"}, "Alpaca", False),
+        ({"instruction": "Add.", "chosen": "3", "rejected": "4"}, "Alpaca pair", False),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "ShareGPT", True),
+        ({"conversations": [], "chosen": {"from": "gpt"}, "rejected": {}}, "ShareGPT pair", True),
+        ({"question": "q", "answer": "a"}, "question + answer", False),
+        ({"instruction": "Add.", "instances": []}, "Self-Instruct", False),
+    ],
+)
+def test_shapes_are_recognised_by_fields(fields: dict[str, Any], name: str, conversational: bool) -> None:
+    shape = recognise({**fields, "unknown": 1, "margin": None})
+    assert shape is not None
+    assert (shape.name, shape.conversational) == (name, conversational)
+    assert str(shape) == name + " (conversational)" * conversational
+
+
+def test_no_shape() -> None:
+    assert recognise({"label": 1, "sentence": "s", "text": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        # The first is TRL's own example of an implicit prompt.
+        ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
+        ("The sky is blue.", "The sky is black.", ("The sky is", " blue.", " black.")),  # no word is cut in two
+        ("Say it\nnow", "Say it\nnever", ("Say it", "\nnow", "\nnever")),
+    ],
+)
+def test_prompt_that_two_texts_share(chosen: str, rejected: str, expected: tuple[str, str, str]) -> None:
+    assert preference(row(chosen=chosen, rejected=rejected)) == Example(*expected)
+
+
+def test_prompt_as_text_with_replies_as_messages() -> None:
+    """One message each: the prompt is a turn of the user's. Whole conversations repeat the prompt (UltraFeedback)."""
+    asked = {"role": "user", "content": "p"}
+    expected = Example([asked], [said("a")], [said("b")])
+    assert preference(row(prompt="p", chosen=[said("a")], rejected=[said("b")])) == expected
+    assert preference(row(prompt="p", chosen=[asked, said("a")], rejected=[asked, said("b")])) == expected
+    assert preference(row(prompt=[asked], chosen=[asked, said("a")], rejected=[asked, said("b")])) == expected
+    assert preference(row(prompt=[asked], chosen="a", rejected="b")) == expected
+    assert demonstration(row(prompt="p", completion=[said("a")]), "chosen") == Example([asked], [said("a")])
+    assert prompt_only(row(prompt="p", completion=[said("a")])) == Example([asked])
+
+
+def test_share_gpt() -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}, {"from": "human", "value": "Bye"}]
+    history = [{"role": "user", "content": "Hi"}, said("Hello"), {"role": "user", "content": "Bye"}]
+    last = {"from": "gpt", "value": "So long"}
+    assert demonstration(row(conversations=[*turns, last]), "chosen") == Example(history, [said("So long")])
+    assert demonstration(row(conversations=[*turns, last], system="Be brief."), "chosen").prompt == [SYSTEM, *history]
+    assert prompt_only(row(conversations=turns)) == Example(history)
+    pair = row(conversations=turns, chosen=last, rejected={"from": "gpt", "value": "No"})
+    assert preference(pair) == Example(history, [said("So long")], [said("No")])
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def test_tool_calls_keep_their_keys_and_need_no_content() -> None:
+    """As Parquet gives them: every turn has every key, None where it said nothing."""
+    empty = {"tool_calls": None, "name": None}
+    turns = [
+        {"role": "user", "content": "1 + 1?", **empty},
+        {"role": "assistant", "content": None, "tool_calls": [{**CALL, "id": None}], "name": None},
+        {"role": "tool", "content": "2", "tool_calls": None, "name": "add"},
+        {"role": "assistant", "content": "2.", **empty},
+    ]
+    tool = {"type": "function", "function": {"name": "add"}}
+    expected = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "2", "name": "add"},
+    ]
+    found = demonstration(row(messages=turns, tools=json.dumps([tool])), "chosen")
+    assert found == Example(expected, [said("2.")], tools=[tool])
+    assert demonstration(row(messages=turns[:2]), "chosen") == Example(expected[:1], expected[1:2])
+    assert "add" in plain(expected)
+    shared = [{"from": "human", "value": "1 + 1?"}, {"from": "function_call", "value": json.dumps(CALL["function"])}]
+    assert demonstration(row(conversations=shared), "chosen") == Example(expected[:1], expected[1:2])
+
+
+def test_contents_in_parts_and_messages_as_json() -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Where is "}, {"type": "text", "text": "Oslo?"}]}]
+    assert prompt_only(row(prompt=parts)) == Example([ASKED])
+    assert demonstration(row(messages=json.dumps([ASKED, said("a")])), "chosen") == Example([ASKED], [said("a")])
+    with pytest.raises(Skip, match="not text alone"):
+        prompt_only(row(prompt=[{"role": "user", "content": [{"type": "image", "image": "x"}]}]))
+
+
+@pytest.mark.parametrize(("value", "label"), [(True, True), ("False", False), (1, True), ("0", False), (0.0, None)])
+def test_unpaired(value: Any, label: bool | None) -> None:
+    if label is None:
+        with pytest.raises(Skip, match="label is neither"):
+            unpaired(row(prompt="p", completion="c", label=value))
+    else:
+        assert unpaired(row(prompt="p", completion="c", label=value)) == Example("p", "c", label=label)
+
+
+def test_a_reply_labelled_bad_is_no_demonstration_and_not_a_bad_row() -> None:
+    assert demonstration(row(prompt="p", completion="c", label=True), "chosen") == Example("p", "c")
+    assert demonstration(row(prompt="p", completion="c", label="false"), "rejected") == Example("p", "c")
+    with pytest.raises(Skip, match="labelled bad") as raised:
+        demonstration(row(prompt="p", completion="c", label=False), "chosen")
+    assert not raised.value.bad
+
+
+def test_transcripts_as_messages() -> None:
+    hello = [{"role": "user", "content": "Hi"}, said("Hello!"), ASKED]
+    assert transcript(HUMAN) == hello
+    assert transcript(HUMAN + " In Norway.\n") == [*hello, said("In Norway.")]
+    assert transcript("\n\nHuman: a\n\nHuman: b\n\nAssistant: c") == [{"role": "user", "content": "a\n\nb"}, said("c")]
+    for other in ("", "Hello", "\n\nAssistant: a", "x\n\nHuman: a"):
+        assert transcript(other) is None
+
+
+def test_real_transcripts_as_messages(hh_rlhf: Path) -> None:
+    """Every transcript begins with the human and ends with the assistant, and no word is lost."""
+    for given in rows(str(hh_rlhf / "harmless-base.test.jsonl.gz")):
+        turns = transcript(given.fields["chosen"])
+        assert turns is not None
+        said = re.sub(r"\n\n(Human|Assistant):", " ", given.fields["chosen"]).split()
+        assert " ".join(turn["content"] for turn in turns).split() == said
 
 
 def test_plain_is_the_text_itself_or_the_messages_line_by_line() -> None:
