@@ -19,6 +19,7 @@ from pipeline.config.recipe import Recipe, load
 from pipeline.config.schema import Classify
 from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
+from pipeline.data import show as data_show
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, UserError
 from pipeline.lock import run_lock
 from pipeline.memory import Need
@@ -30,6 +31,7 @@ commands = typer.Typer(
     pretty_exceptions_enable=False,
     help="RLHF in stages under DeepSpeed, one verified checkpoint from stage to stage.",
 )
+commands.add_typer(data_show.commands, name="data")
 console = Console(highlight=False, soft_wrap=True)
 PART_TITLES = {
     "adapters": "adapt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from rich.text import Text as Styled
 
 from pipeline.data.check import Rejections, examples
 from pipeline.data.read import Bad, Row, rows
-from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only, recognise
+from pipeline.data.shape import Example, Text, demonstration, plain, preference, prompt_only, recognise
 from pipeline.errors import UserError
 
 commands = typer.Typer(no_args_is_help=True, help="Look at training data.")
@@ -29,8 +30,16 @@ READERS: dict[Kind, Callable[[Row], Example]] = {
     "ppo": prompt_only,
 }
 PERCENTILES = (5, 50, 95, 99, 100)
+TOLD: dict[Kind, str] = {
+    "sft": "[[trained on]]",
+    "reward": "the score is read at [[…]]",
+    "ppo": "the policy writes what follows",
+}
 LONGEST = 2**31 - 1
 """Rows of any length are shown: none is left out for being too long."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+IGNORED = -100
+"""Label of a token that no loss is taken at."""
 
 
 @commands.callback()
@@ -56,16 +65,16 @@ def show(
     view = _View(tokenizer)
     rejections = Rejections(most=1.0)
     shapes: Counter[str] = Counter()
-    read = _Reader(kind)  # type: ignore[arg-type]
+    read = _Reader(kind)
     given = _seen(islice(rows(path, revision, split), limit), shapes)
     kept: list[tuple[Row, Example]] = []
     lengths: dict[str, array[int]] = {}
     for row, example in examples(path, given, read, rejections):
-        for name, length in view.lengths(example).items():
+        for name, length in view.lengths(read.chosen, example).items():
             lengths.setdefault(name, array("Q")).append(length)
         if len(kept) < shown:
             kept.append((row, example))
-    _summary(path, shapes, read.kind or "sft", rejections, limit)
+    _summary(path, shapes, read.chosen, rejections, limit)
     if lengths:
         console.print(_percentiles(lengths))
     if view.encoder is None:
@@ -73,21 +82,25 @@ def show(
             "Text only, before any chat template. With --tokenizer MODEL: lengths in tokens, and what is trained."
         )
     for row, example in kept:
-        console.print(f"\n[bold]{row.where}[/bold]", style=None, markup=True)
-        for styled in view.styled(read.kind or "sft", example):
+        console.print(Styled(f"\n{row.where}", "bold"))
+        for styled in view.styled(read.chosen, example):
             console.print(styled)
 
 
 class _Reader:
     """Reads rows for `kind`; if that is None, for what the first row with a known shape is fit for."""
 
-    def __init__(self, kind: Kind | None) -> None:
-        self.kind = kind
+    def __init__(self, kind: str | None) -> None:
+        self.kind: Any = kind
+
+    @property
+    def chosen(self) -> Kind:
+        return self.kind or "sft"
 
     def __call__(self, row: Row) -> Example:
         if self.kind is None and (shape := recognise(row.fields)):
             self.kind = "reward" if shape.pair else "ppo" if shape.name == "prompt" else "sft"
-        return READERS[self.kind or "sft"](row)
+        return READERS[self.chosen](row)
 
 
 def _seen(given: Iterator[Row | Bad], shapes: Counter[str]) -> Iterator[Row | Bad]:
@@ -102,55 +115,56 @@ class _View:
     """Rows as a model sees them, with its tokenizer; as they stand in the file, without."""
 
     def __init__(self, model: str | None) -> None:
-        self.encoder: Any = None
-        if model is not None:
-            self.encoder = _encoder(model)
+        self.encoder: Any = None if model is None else _encoder(model)
 
-    def lengths(self, example: Example) -> dict[str, int]:
-        """Length of each text in characters and, with a tokenizer, in tokens as they are trained on (EOS included)."""
-        texts = {name: text for name, text in _texts(example).items() if text is not None}
-        found = {f"{name}, characters": len(plain(text)) for name, text in texts.items()}
+    def lengths(self, kind: Kind, example: Example) -> dict[str, int]:
+        """Length of each text in characters and, with a tokenizer, of each sequence in tokens, EOS included."""
+        found = {f"{name}, characters": len(plain(text)) for name, text in _texts(example).items()}
         if self.encoder is not None:
-            found |= {f"{name}, tokens": len(ids) for name, (ids, _) in self._ids(example).items()}
+            found |= {f"{name}, tokens": len(ids) for name, ids, _ in self._sequences(kind, example)}
         return found
 
-    def _ids(self, example: Example) -> dict[str, tuple[list[int], list[bool]]]:
-        """(ids, which are trained on) of the prompt alone or of prompt with each reply."""
+    def _sequences(self, kind: Kind, example: Example) -> Iterator[tuple[str, list[int], list[bool]]]:
+        """(name, ids, which of them count) of every sequence that a stage of `kind` makes of the row."""
         from pipeline.data import encode
 
-        found: dict[str, tuple[list[int], list[bool]]] = {}
-        try:
-            for name, reply in (("prompt + chosen", example.chosen), ("prompt + rejected", example.rejected)):
-                if reply is not None:
-                    one = Example(example.prompt, reply, tools=example.tools)
-                    row = encode.demonstration(self.encoder, one, LONGEST, "completion")
-                    found[name] = row["input_ids"], [label != -100 for label in row["labels"]]
-            if not found:
-                ids = encode.prompt(self.encoder, example, LONGEST)["ids"]
-                found["prompt"] = ids, [False] * len(ids)
-        except Skip as skip:
-            found[f"left out: {skip}"] = [], []
-        return found
+        if kind == "sft":
+            row = encode.demonstration(self.encoder, example, LONGEST, "completion")
+            yield "prompt and reply", row["input_ids"], [label != IGNORED for label in row["labels"]]
+        elif kind == "reward":
+            row = encode.preference(self.encoder, example, LONGEST)
+            for name in ("chosen", "rejected"):
+                ids = row[f"{name}_ids"]
+                yield (
+                    f"prompt and {name}",
+                    ids,
+                    [*[False] * (len(ids) - 1), True],
+                )  # the score is read at the last token
+        else:
+            ids = encode.prompt(self.encoder, example, LONGEST)["ids"]
+            yield "prompt", ids, [False] * len(ids)
 
     def styled(self, kind: Kind, example: Example) -> Iterator[Styled]:
-        """One block of text for each sequence. What is trained on is bold green and stands in [[ ]]."""
+        """One block of text for each sequence. The tokens that count are bold green and stand in [[ ]]."""
         if self.encoder is None:
             for name, text in _texts(example).items():
-                if text is not None:
-                    yield Styled(f"{name}: ", "bold") + Styled(plain(text))
+                yield Styled(f"{name}: ", "bold") + Styled(_safe(plain(text)))
             return
-        for name, (ids, trained) in self._ids(example).items():
-            if kind == "reward":
-                trained = [False] * (len(ids) - 1) + [True] * bool(ids)  # the score is read at the last token
-            told = {"sft": "trained on", "reward": "the score is read at", "ppo": "nothing is trained on"}[kind]
-            block = Styled(f"{name} ({len(ids)} tokens; {told}{'' if kind == 'ppo' else ' [[…]]'}): ", "bold")
-            for piece, on in _pieces(self.encoder.tokenizer, ids, trained):
-                block.append(f"[[{piece}]]" if on else piece, "bold green" if on else None)
+        for name, ids, counts in self._sequences(kind, example):
+            block = Styled(f"{name}, {len(ids)} tokens; {TOLD[kind]}: ", "bold")
+            for piece, on in _pieces(self.encoder.tokenizer, ids, counts):
+                block.append(_safe(f"[[{piece}]]" if on else piece), "bold green" if on else None)
             yield block
 
 
-def _texts(example: Example) -> dict[str, Any]:
-    return {"prompt": example.prompt or None, "chosen": example.chosen, "rejected": example.rejected}
+def _texts(example: Example) -> dict[str, Text]:
+    found = {"prompt": example.prompt, "reply": example.chosen, "rejected reply": example.rejected}
+    return {name: text for name, text in found.items() if text}
+
+
+def _safe(text: str) -> str:
+    """Text without characters that command a terminal, which data of others may hold; they are written out."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _encoder(model: str) -> Any:
@@ -159,7 +173,7 @@ def _encoder(model: str) -> Any:
     from pipeline.data.encode import Encoder
 
     try:
-        return Encoder(AutoTokenizer.from_pretrained(model))
+        return Encoder(AutoTokenizer.from_pretrained(model, model_max_length=LONGEST))
     except (OSError, ValueError) as error:
         raise UserError(
             f"--tokenizer {model}",
@@ -181,7 +195,7 @@ def _pieces(tokenizer: Any, ids: list[int], trained: list[bool]) -> Iterator[tup
         done, before = end, text
 
 
-def _summary(path: str, shapes: Counter[str], kind: str, rejections: Rejections, limit: int | None) -> None:
+def _summary(path: str, shapes: Counter[str], kind: Kind, rejections: Rejections, limit: int | None) -> None:
     count, reasons = rejections.rows[path], rejections.reasons.get(path, Counter())
     table = Table(title=f"{path}, read for {kind}", title_justify="left", show_header=False)
     table.add_row("rows" if limit is None or count < limit else "first rows", f"{count:,}")
