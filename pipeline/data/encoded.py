@@ -27,6 +27,8 @@ from pipeline import engine
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import digest, sources
 from pipeline.data import encode
+from pipeline.data.check import NAME as REJECTED
+from pipeline.data.check import Rejections
 from pipeline.data.encode import Prompt
 from pipeline.data.shape import Example, Skip
 from pipeline.data.split import Counts, Part, Placed, place
@@ -111,7 +113,10 @@ def load(
 
     def write() -> None:
         if not (folder / "counts.json").is_file():
-            _write(folder, place(context.recipe, context.stage, context.run_dir, key), make, context.stage)
+            found = place(context.recipe, context.stage, context.run_dir, key)
+            rules = context.recipe.header.data
+            rejections = Rejections(folder.with_name(folder.name + "." + REJECTED), rules.on_bad_row, rules.max_bad)
+            _write(folder, found, make, context.stage, rejections)
 
     engine.on_main(write)
     record = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
@@ -146,35 +151,49 @@ def _identity(context: Context, encoder: encode.Encoder, settings: dict[str, Any
     }
 
 
-def _write(folder: Path, rows: Iterable[Placed], make: Encode, stage: str) -> None:
-    fresh = folder.with_name(folder.name + ".writing")
+def _write(folder: Path, rows: Iterable[Placed], make: Encode, stage: str, rejections: Rejections) -> None:
+    """Raises UserError when too many rows are bad; then the list of them is all that is left."""
+    try:
+        _write_all(folder.with_name(folder.name + ".writing"), folder, rows, make, stage, rejections)
+    except UserError:
+        shutil.rmtree(folder.with_name(folder.name + ".writing"), ignore_errors=True)
+        raise
+
+
+def _write_all(
+    fresh: Path, folder: Path, rows: Iterable[Placed], make: Encode, stage: str, rejections: Rejections
+) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     counts: Counts = {}
     writers = {part: _Writer(fresh / f"{part}.arrow") for part in PARTS}
     used: Counter[int] = Counter()
-    with (fresh / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
+    with rejections:
         for row, made in tqdm(_encoded(rows, make), desc=f"{stage}: rows", unit=" rows", disable=None):
             here = counts.setdefault(row.source.name, Counter())
             here["rows"] += 1
+            rejections.count(row.source.name)
             limit = row.source.limit if row.part == "train" else None
             if row.part is None or isinstance(made, str):
                 reason = made if isinstance(made, str) else row.reason
                 here[reason] += 1
                 if row.bad or row.part is not None:
-                    record = {"file": row.row.file, "row": row.row.number, "reason": reason}
-                    rejected.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    rejections.add(row.source.name, row.row, reason, detail=row.detail, bad=row.bad)
             elif limit is not None and used[row.number] >= limit:
                 here["over the limit"] += 1
             else:
                 writers[row.part].add(made)
                 used[row.number] += row.part == "train"
                 here["used" if row.part == "train" else "held out"] += 1
+        for source in counts:
+            rejections.finish(source)
     for writer in writers.values():
         writer.close()
     longest = max(writer.longest for writer in writers.values())
     incomplete = sorted(set().union(*(writer.incomplete for writer in writers.values())))
     write_json(fresh / "counts.json", {"counts": counts, "longest": longest, "incomplete": incomplete})
+    if rejections.path is not None and rejections.path.exists():
+        os.replace(rejections.path, fresh / REJECTED)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(fresh, folder)
 

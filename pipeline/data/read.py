@@ -43,8 +43,10 @@ def is_hub_id(path: str) -> bool:
     ) and not any(mark in path for mark in "*?[")
 
 
-def rows(path: str, revision: str | None = None, split: str = "train") -> Iterator[Row | Bad]:
-    """Every row of `path`, streamed. `revision` is a hub id's; `split` also that of a folder saved with several.
+def rows(
+    path: str, revision: str | None = None, split: str = "train", subset: str | None = None
+) -> Iterator[Row | Bad]:
+    """Every row of `path`, streamed. `revision` and `subset` are a hub id's; `split` also that of a folder saved with several.
 
     Raises UserError for what is missing or cannot be read at all.
     """
@@ -53,7 +55,7 @@ def rows(path: str, revision: str | None = None, split: str = "train") -> Iterat
         for file in found:
             yield from file_rows(file)
     elif is_hub_id(path) and not Path(path).exists():
-        yield from _hub_rows(path, revision, split)
+        yield from _hub_rows(path, revision, split, subset)
     else:
         raise UserError(
             f"data {path}",
@@ -63,16 +65,16 @@ def rows(path: str, revision: str | None = None, split: str = "train") -> Iterat
         )
 
 
-def fingerprint(path: str, revision: str | None = None, split: str = "train") -> str:
-    """sha256 over the bytes of the files of `path`; of name, revision and split for a hub id."""
+def fingerprint(path: str, revision: str | None = None, split: str = "train", subset: str | None = None) -> str:
+    """sha256 over the bytes of the files of `path`; of name, revision, split and subset for a hub id."""
     hasher = hashlib.sha256()
     found = files(path, split)
     for file in found:
         hasher.update(file_hash(file).encode())
     if not found:
         hasher.update(path.encode())
-        if revision is not None or split != "train":
-            hasher.update(f"\0{revision or ''}\0{split}".encode())
+        if (revision, split, subset) != (None, "train", None):
+            hasher.update(f"\0{revision or ''}\0{split}\0{subset or ''}".encode())
     return hasher.hexdigest()
 
 
@@ -120,10 +122,10 @@ def _before_glob(parts: tuple[str, ...]) -> tuple[str, ...]:
     return parts
 
 
-def _hub_rows(path: str, revision: str | None, split: str) -> Iterator[Row]:
+def _hub_rows(path: str, revision: str | None, split: str, subset: str | None) -> Iterator[Row]:
     number = 0
     try:
-        for number, fields in enumerate(_hub(path, revision, split), 1):
+        for number, fields in enumerate(_hub(path, revision, split, subset), 1):
             yield Row(fields, path, number)
     except UserError:
         raise
@@ -139,7 +141,7 @@ def _hub_rows(path: str, revision: str | None, split: str) -> Iterator[Row]:
         ) from None
 
 
-def _hub(path: str, revision: str | None, split: str) -> Iterator[dict[str, Any]]:
+def _hub(path: str, revision: str | None, split: str, subset: str | None) -> Iterator[dict[str, Any]]:
     """A hub dataset's rows: streamed; or, where HF_HUB_OFFLINE is set, from the copy that was downloaded earlier."""
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
@@ -147,4 +149,4 @@ def _hub(path: str, revision: str | None, split: str) -> Iterator[dict[str, Any]
     offline = constants.HF_HUB_OFFLINE
     if not offline:
         HfApi().dataset_info(path, revision=revision, timeout=10)  # says what is wrong at once; datasets tries for long
-    return iter(load_dataset(path, split=split, revision=revision, streaming=not offline))
+    return iter(load_dataset(path, subset, split=split, revision=revision, streaming=not offline))

@@ -57,6 +57,7 @@ def show(
     shown: Annotated[int, typer.Option("--rows", min=0, help="how many rows to show")] = 3,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
     split: Annotated[str, typer.Option(help="split of a hub id or a saved data set")] = "train",
+    subset: Annotated[str | None, typer.Option(help="subset (configuration) of a hub id")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="read so many rows; default all")] = None,
 ) -> None:
     """What PATH is recognised as, how many rows are good, how long they are, and some as the model will see them."""
@@ -66,7 +67,7 @@ def show(
     rejections = Rejections(most=1.0)
     shapes: Counter[str] = Counter()
     read = _Reader(kind)
-    given = _seen(islice(rows(path, revision, split), limit), shapes)
+    given = _seen(islice(rows(path, revision, split, subset), limit), shapes)
     kept: list[tuple[Row, Example]] = []
     lengths: dict[str, array[int]] = {}
     for row, example in examples(path, given, read, rejections):

@@ -16,7 +16,8 @@ from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe, sources
 from pipeline.config.schema import Classify, Source
 from pipeline.data import glue
-from pipeline.data.read import Row, fingerprint, rows
+from pipeline.data.check import Checked
+from pipeline.data.read import Bad, Row, fingerprint, rows
 from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only
 from pipeline.errors import UserError
 
@@ -32,14 +33,15 @@ LOOKED_AT = 100
 @dataclass(frozen=True)
 class Placed:
     """A row of `source` (the `number`-th of the stage's): the part its prompt falls into and its example; or why it is in
-    none, `bad` when the row itself is at fault."""
+    none (`detail`: what differs between rows of one reason), `bad` when the row itself is at fault."""
 
     number: int
     source: Source
-    row: Row
+    row: Row | Bad
     part: Part | None = None
     example: Example | None = None
     reason: str = ""
+    detail: str = ""
     bad: bool = False
 
 
@@ -61,12 +63,15 @@ def place(recipe: Recipe, stage: str, run_dir: Path, key: str | None = None) -> 
     key = key or KINDS[block.kind].sources[0]
     for number, source in enumerate(sources(block, key)):
         low, high = recipe.interval(stage, source)
-        read = reader(block.kind, source, key)
+        read = Checked(reader(block.kind, source, key))
         for row in read_source(recipe, run_dir, source):
+            if isinstance(row, Bad):
+                yield Placed(number, source, row, reason=row.reason, detail=row.detail, bad=True)
+                continue
             try:
                 example = replace(read(row), source=source.name, row=row.fields)
             except Skip as reason:
-                yield Placed(number, source, row, reason=str(reason), bad=True)
+                yield Placed(number, source, row, reason=str(reason), bad=reason.bad)
                 continue
             here = position(plain(example.prompt) or plain(example.chosen or ""))
             if here < block.holdout:
@@ -77,9 +82,9 @@ def place(recipe: Recipe, stage: str, run_dir: Path, key: str | None = None) -> 
                 yield Placed(number, source, row, reason=ELSEWHERE)
 
 
-def read_source(recipe: Recipe, run_dir: Path, source: Source) -> Iterator[Row]:
+def read_source(recipe: Recipe, run_dir: Path, source: Source) -> Iterator[Row | Bad]:
     """The rows of a source, as they stand in their files."""
-    return rows(location(recipe, run_dir, source))
+    return rows(location(recipe, run_dir, source), source.revision, source.split, source.subset)
 
 
 def location(recipe: Recipe, run_dir: Path, source: Source) -> str:
@@ -99,6 +104,9 @@ def check(recipe: Recipe, stage: str, run_dir: Path) -> None:
             read, faults = reader(block.kind, source, key), Counter[str]()
             first = list(islice(read_source(recipe, run_dir, source), LOOKED_AT))
             for row in first:
+                if isinstance(row, Bad):
+                    faults[row.reason] += 1
+                    continue
                 try:
                     read(row)
                 except Skip as reason:
@@ -125,6 +133,7 @@ def fingerprints(recipe: Recipe, stage: str, parents: Mapping[str, str]) -> list
     for place, key in enumerate(KINDS[block.kind].sources):
         for source in sources(block, key):
             path = source.path
-            content = parents[source.stage or ""] if path is None else fingerprint(recipe.local(path))
+            here = (source.revision, source.split, source.subset)
+            content = parents[source.stage or ""] if path is None else fingerprint(recipe.local(path), *here)
             found.append({"path": source.name, "sha256": content} | ({"for": key} if place else {}))
     return found

@@ -64,6 +64,17 @@ def test_without_a_bad_row_there_is_no_list(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_reading_leaves_no_half_of_a_list(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with Rejections(tmp_path / "rejected.jsonl") as rejections:
+            rejections.add("data", Bad("a.jsonl", 1, "not UTF-8"), "not UTF-8")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_than_5_percent_stop_once_the_source_is_read(tmp_path: Path) -> None:
     path = tmp_path / "rejected.jsonl"
     bad = [EMPTY] * 4 + [{"prompt": "p"}] * 2

@@ -191,17 +191,23 @@ def test_hub_rows_are_streamed_with_split_and_revision(monkeypatch: pytest.Monke
     """The hub itself cannot be had in a test: what is asked of the libraries is looked at, and a loss midway."""
     asked: dict[str, Any] = {}
 
-    def load_dataset(path: str, **options: Any) -> Any:
-        asked.update(options, path=path)
+    def load_dataset(path: str, subset: str | None, **options: Any) -> Any:
+        asked.update(options, path=path, subset=subset)
         yield {"text": "a"}
         raise ConnectionError("gone")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, path, **options: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    reading = rows("someone/some-data", "v1", "test")
+    reading = rows("someone/some-data", "v1", "test", "en")
     assert next(reading) == Row({"text": "a"}, "someone/some-data", 1)
-    assert asked == {"path": "someone/some-data", "revision": "v1", "split": "test", "streaming": True}
+    assert asked == {
+        "path": "someone/some-data",
+        "subset": "en",
+        "revision": "v1",
+        "split": "test",
+        "streaming": True,
+    }
     with pytest.raises(UserError, match="the hub gave 1 rows and then failed: gone"):
         next(reading)
     assert fingerprint("someone/some-data") != fingerprint("someone/some-data", "v1")
