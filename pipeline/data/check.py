@@ -29,7 +29,8 @@ class Rejections:
 
     Each line of the file is an object: `source`, `file`, `row` (its number), `reason`, `detail` where there is one, and the
     first characters of the `content`. It is written under another name and takes its own in `close`, so that a reader sees a
-    whole list or none; a stop by too many bad rows closes it first, and another error throws it away. `path` None: rows are counted and not listed.
+    whole list or none: a stop by too many bad rows closes it first, and another error throws it away. `path` None: rows are
+    counted and not listed.
 
     With `on_bad_row: stop` the first bad row raises UserError. Otherwise `finish`, once a source is read, raises when more
     than `most` of its rows are bad: not earlier, since bad rows often stand together. Rows that are merely too long are

@@ -61,6 +61,12 @@ def read(path: Path, content: bytes) -> list[Row | Bad] | None:
         return None
 
 
+def rising(found: list[Row | Bad]) -> bool:
+    """Numbers begin at 1 and rise; a line that is blank has a number and is no row."""
+    numbers = [row.number for row in found]
+    return numbers == sorted(set(numbers)) and all(number >= 1 for number in numbers)
+
+
 def json_bytes_match(found: list[Row | Bad], lines: list[bytes]) -> bool:
     """Each row is what Python's own parser makes of its line."""
     return all(
@@ -91,7 +97,7 @@ def test_any_bytes_in_every_text_format(
     monkeypatch.setattr(formats, "LIMIT", limit)
     for name in ("a.json", "a.csv", "a.tsv"):
         for found in (read(folder / name, content), read(folder / f"{name}.gz", gzip.compress(content))):
-            assert found is None or [row.number for row in found] == list(range(1, len(found) + 1))
+            assert found is None or rising(found)
     for name in ("a.json.gz", "a.csv.zst", "a.parquet", "a.arrow"):
         read(folder / name, content)
 
@@ -147,7 +153,7 @@ def _sound(folder: Path) -> dict[str, bytes]:
 @QUICK
 @given(data=st.data())
 def test_damaged_files(folder: Path, data: st.DataObject) -> None:
-    """Sound files cut short, or with bytes overwritten: refused, or read with rows numbered from 1."""
+    """Sound files cut short, or with bytes overwritten: refused, or read."""
     for name, content in _sound(folder).items():
         damaged = bytearray(content)
         for place, byte in data.draw(
@@ -156,7 +162,7 @@ def test_damaged_files(folder: Path, data: st.DataObject) -> None:
             damaged[place] = byte
         end = data.draw(st.integers(0, len(content)))
         found = read(folder / name, bytes(damaged[:end]))
-        assert found is None or [row.number for row in found] == list(range(1, len(found) + 1))
+        assert found is None or rising(found)
 
 
 NAMES = ["text", "messages", "prompt", "completion", "chosen", "rejected", "label", "margin", "instruction", "input"]
@@ -212,7 +218,8 @@ def test_no_row_goes_uncounted(folder: Path, listed: list[dict[str, Any]]) -> No
     rejections.close()
     assert len(used) + rejections.reasons.get("s", {}).get("missing: prompt", 0) <= len(listed)
     assert len(used) + sum(rejections.reasons.get("s", {}).values()) == len(listed)
-    for line in (folder / "rejected.jsonl").read_text(encoding="utf-8").splitlines() if rejections.bad.get("s") else []:
+    listed_bad = (folder / "rejected.jsonl").read_text(encoding="utf-8") if rejections.bad.get("s") else ""
+    for line in listed_bad.strip("\n").split("\n") if listed_bad else []:
         assert {"source", "file", "row", "reason", "content"} <= json.loads(line).keys()
 
 
