@@ -17,9 +17,9 @@ from pipeline.data.messages import has_words, is_conversation, messages, tools
 from pipeline.data.messages import transcript as transcript
 from pipeline.data.row import Row, kind
 from pipeline.data.row import Skip as Skip
+from pipeline.data.sides import after, alike, shared_text, shared_turns
 
 UNRECOGNISED = "no shape is recognised"
-DIFFERENT = "chosen and rejected answer different prompts"
 SHAPES = (
     "text; messages; prompt; prompt and completion, also with label; prompt, chosen and rejected; chosen and rejected; "
     "conversations (ShareGPT); instruction, input and output (Alpaca), also with chosen and rejected; instruction and "
@@ -196,7 +196,7 @@ def _one_reply(row: Row, shape: Shape) -> Example:
     prompt, (name, value) = _prompt(fields, shape), _completion(fields, shape)
     if prompt is None or value is None:
         raise Skip(f"missing: {name if value is None else 'prompt'}")
-    prompt, reply = _alike(prompt, _side(value, name))
+    prompt, reply = alike(prompt, _side(value, name))
     _not_empty(reply)
     return Example(prompt, reply, tools=given)
 
@@ -256,58 +256,15 @@ def _both(fields: dict[str, Any], shape: Shape) -> tuple[Text, Text, Text]:
     prompt = _prompt(fields, shape)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
-            return _shared_text(chosen, rejected)
-        return (*_alike(prompt, chosen), _alike(prompt, rejected)[1])
+            return shared_text(chosen, rejected)
+        return (*alike(prompt, chosen), alike(prompt, rejected)[1])
     assert isinstance(chosen, list)
     assert isinstance(rejected, list)
     if isinstance(prompt, list):
-        return prompt, _after(prompt, chosen), _after(prompt, rejected)
+        return prompt, after(prompt, chosen), after(prompt, rejected)
     if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
         return [{"role": "user", "content": prompt}], chosen, rejected
-    return _shared_turns(chosen, rejected)  # a prompt as text beside whole conversations repeats what they begin with
-
-
-def _shared_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Split off what both sides begin with: a transcript up to its last turn, or the words that are the same."""
-    if TURN in chosen or TURN in rejected:
-        (head, turn, better), (other, _, worse) = chosen.rpartition(TURN), rejected.rpartition(TURN)
-        if head != other:
-            raise Skip(DIFFERENT)
-        return head + turn, better, worse
-    end = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    if end is None:
-        end = min(len(chosen), len(rejected))
-    while end and not chosen[end : end + 1].isspace():  # back to the end of the last whole word
-        end -= 1
-    if not chosen[:end].strip():
-        raise Skip("chosen equals rejected" if chosen == rejected else "chosen and rejected share no prompt")
-    return chosen[:end], chosen[end:], rejected[end:]
-
-
-def _shared_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """Split off the turns that both sides begin with; what is left must be replies alone."""
-    end, most = 0, min(len(chosen), len(rejected)) - 1
-    while end < most and chosen[end] == rejected[end]:
-        end += 1
-    prompt, better, worse = chosen[:end], chosen[end:], rejected[end:]
-    if not prompt or any(turn["role"] not in ("assistant", "tool") for turn in (*better, *worse)):
-        raise Skip(DIFFERENT)
-    return prompt, better, worse
-
-
-def _after(prompt: list[Message], reply: list[Message]) -> list[Message]:
-    """A reply without the prompt, which some data sets repeat in it."""
-    return reply[len(prompt) :] if len(reply) > len(prompt) and reply[: len(prompt)] == prompt else reply
-
-
-def _alike(prompt: Text, reply: Text) -> tuple[Text, Text]:
-    """Prompt and reply in one form: if either is messages, both are."""
-    if isinstance(prompt, str) and isinstance(reply, list):
-        return [{"role": "user", "content": prompt}], reply
-    if isinstance(prompt, list):
-        said = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else _after(prompt, reply)
-        return prompt, said
-    return prompt, reply
+    return shared_turns(chosen, rejected)  # a prompt as text beside whole conversations repeats what they begin with
 
 
 def _before(turns: list[Message]) -> list[Message]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data import formats
+from pipeline.data import lines
 from pipeline.data.read import Bad, Row, rows
 from pipeline.errors import UserError
 
@@ -119,8 +119,8 @@ def test_what_json_leaves_open(tmp_path: Path) -> None:
 def test_json_lists(
     content: str, expected: list[tuple[int, str]], chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "CHUNK", chunk)
-    lost = formats.LOST + ": the list is not closed"
+    monkeypatch.setattr(lines, "CHUNK", chunk)
+    lost = lines.LOST + ": the list is not closed"
     assert outcome(tmp_path / "a.json", content) == [(n, lost if text == "LOST" else text) for n, text in expected]
 
 
@@ -151,7 +151,7 @@ def test_csv(kind: str, content: str | bytes, expected: list[tuple[int, str]], t
     data = content.encode() if isinstance(content, str) else content
     if kind == "tsv":
         data, expected = data.replace(b",", b"\t"), [(n, text.replace(",", "\t")) for n, text in expected]
-    names = {"RAGGED": "not one cell for each column", "LOST": formats.LOST + ": a quotation is not closed"}
+    names = {"RAGGED": "not one cell for each column", "LOST": lines.LOST + ": a quotation is not closed"}
     assert outcome(tmp_path / f"a.{kind}", data) == [(n, names.get(text, text)) for n, text in expected]
 
 
@@ -177,16 +177,16 @@ def test_csv_without_a_sound_header_is_refused(content: bytes, tmp_path: Path) -
 def test_a_row_above_the_limit_is_passed_over(
     name: str, content: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "LIMIT", 100)
-    monkeypatch.setattr(formats, "CHUNK", 16)
-    words = {"LONG": f"longer than {100 / 2**20:g} MiB", "LOST": formats.LOST + ": a quotation is not closed"}
+    monkeypatch.setattr(lines, "LIMIT", 100)
+    monkeypatch.setattr(lines, "CHUNK", 16)
+    words = {"LONG": f"longer than {100 / 2**20:g} MiB", "LOST": lines.LOST + ": a quotation is not closed"}
     assert [text for _, text in outcome(tmp_path / name, content)] == [words.get(text, text) for text in expected]
 
 
 def test_a_line_of_100_megabytes_is_passed_over_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "LIMIT", 2**20)
+    monkeypatch.setattr(lines, "LIMIT", 2**20)
     with (tmp_path / "a.jsonl").open("wb") as stream:
         stream.write(A.encode() + b'\n{"text": "')
         for _ in range(100):
@@ -207,7 +207,7 @@ def test_compressed_files_give_the_rows_before_they_break(codec: str, tmp_path: 
     whole = pa.Codec(codec).compress(LINES, asbytes=True)
     *before, bad = read(path, whole[: len(whole) // 2])
     assert isinstance(bad, Bad)
-    assert bad.reason == formats.LOST
+    assert bad.reason == lines.LOST
     assert bad.number == len(before) + 1
     assert 1000 < len(before) < 4000
     texts = [json.loads(line)["text"] for line in LINES.splitlines()]
@@ -244,7 +244,7 @@ def test_a_broken_page_of_parquet_is_told_after_the_rows_before_it(tmp_path: Pat
     data[place + 40 : place + 400] = bytes(360)
     *before, bad = read(path, bytes(data))
     assert isinstance(bad, Bad)
-    assert (bad.reason, bad.number, len(before)) == (formats.LOST, 2001, 2000)
+    assert (bad.reason, bad.number, len(before)) == (lines.LOST, 2001, 2000)
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import formats
+from pipeline.data import lines
 from pipeline.data.check import Rejections, examples
 from pipeline.data.messages import transcript
 from pipeline.data.read import Bad, Row, rows
@@ -93,8 +93,8 @@ def test_jsonl_yields_as_many_as_there_are_lines_that_are_not_blank(folder: Path
 def test_any_bytes_in_every_text_format(
     folder: Path, content: bytes, chunk: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "CHUNK", chunk)
-    monkeypatch.setattr(formats, "LIMIT", limit)
+    monkeypatch.setattr(lines, "CHUNK", chunk)
+    monkeypatch.setattr(lines, "LIMIT", limit)
     for name in ("a.json", "a.csv", "a.tsv"):
         for found in (read(folder / name, content), read(folder / f"{name}.gz", gzip.compress(content))):
             assert found is None or rising(found)
@@ -111,7 +111,7 @@ JSON = st.recursive(JSON_LEAF, lambda v: st.lists(v, max_size=3) | st.dictionari
 def test_every_element_of_a_json_list_is_told_apart(
     folder: Path, values: list[Any], chunk: int, indent: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "CHUNK", chunk)
+    monkeypatch.setattr(lines, "CHUNK", chunk)
     found = read(folder / "a.json", json.dumps(values, indent=indent).encode())
     assert found is not None
     for row, value in zip(found, values, strict=True):
