@@ -1,0 +1,60 @@
+"""A function over a stream in several processes: results in the stream's order, and only a few chunks in flight. Torch-free."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+State = TypeVar("State")
+AHEAD = 2
+"""Chunks in flight for each process: one that is worked on and one that waits."""
+
+_state: Any = None
+
+
+def ordered(
+    state: State, use: Callable[[State, Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """`use(state, item)` for every item, in order; in this process if there is one worker.
+
+    `state` goes to each process once. Both it and `use` must be picklable. At most AHEAD x workers items are taken from
+    `items` before their results are.
+    """
+    if workers == 1:
+        for item in items:
+            yield use(state, item)
+        return
+    # Not fork: the threads of Arrow and of the watch on the launcher would not be there in the child, but their locks would.
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[Future[Result]] = deque()
+    pool = ProcessPoolExecutor(workers, context, _begin, (state, os.getpid()))
+    try:
+        for item in items:
+            waiting.append(pool.submit(_call, use, item))
+            if len(waiting) >= AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(state: Any, parent: int) -> None:
+    global _state
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive a killed stage
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the stage's to answer
+    _state = state
+
+
+def _call(use: Callable[[Any, Any], Any], item: Any) -> Any:
+    return use(_state, item)
