@@ -104,10 +104,12 @@ class Context:
 
     def stop_requested(self) -> bool:
         """Whether any rank was signalled or asked by file to stop. Collective: every rank must call it at the same step."""
+        asked = self._signalled or (self.is_main and (self.dir / STOP_FILE).exists())
+        if self.world_size == 1:
+            return asked
         import torch
         import torch.distributed as dist
 
-        asked = self._signalled or (self.is_main and (self.dir / STOP_FILE).exists())
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return asked
         flag = torch.tensor([float(asked)], device=_device())

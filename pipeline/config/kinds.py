@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.prepare import Prepare
 from pipeline.config.schema import Classify, Evaluate, Ppo, Reward, Sft, Stage
 
 POLICIES = frozenset({"sft", "ppo"})
@@ -47,6 +48,7 @@ KINDS: dict[str, Kind] = {
         base_ok=frozenset({"model", "against"}),
         sources=("prompts",),
     ),
+    "prepare": Kind(Prepare, "stages.prepare", {}, model=False),
     "classify": Kind(Classify, "stages.classify", {"init": POLICIES}, base_ok=frozenset({"init"}), sources=()),
 }
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, model_validator
 
 from pipeline.config.block import Block, Fraction, Positive, misplaced
-from pipeline.config.schema import Source, Stage
+from pipeline.config.schema import DataStage, Source
 
 
 class Unicode(Block):
@@ -128,7 +128,7 @@ def _spelled_out(value: Any) -> Any:
     if isinstance(value, dict) and len(value) == 1:
         ((name, options),) = value.items()
     if not isinstance(name, str):
-        raise misplaced("step", f"found {value!r}", STEPS)
+        raise ValueError("one step: its name, or its name with options, such as `length: {min: 20}`")
     if name not in STEPS:
         raise misplaced("step", f"no step is called {name}", STEPS)
     if options is None:
@@ -148,8 +148,7 @@ Step = Annotated[
 ]
 
 
-class Prepare(Stage):
-    base: None = None
+class Prepare(DataStage):
     """Cleans and filters data before anything is trained on it: `steps` are done in the order they stand in, each row passing
     through all of them; what is left is handed on as Parquet. `workers` processes share the work, by default one for each
     core; the result does not depend on them. A source's `limit` counts the rows read."""

@@ -9,13 +9,17 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 State = TypeVar("State")
 AHEAD = 2
-"""Chunks in flight for each process: one that is worked on and one that waits."""
+"""Items in flight for each process: one that is worked on and one that waits."""
+
+FEW = 8
+"""Fewer items are done here: starting processes would take longer than they save."""
 
 _state: Any = None
 
@@ -25,11 +29,13 @@ def ordered(
 ) -> Iterator[Result]:
     """`use(state, item)` for every item, in order; in this process if there is one worker.
 
-    `state` goes to each process once. Both it and `use` must be picklable. At most AHEAD x workers items are taken from
-    `items` before their results are.
+    `state` goes to each process once. Both it and `use` must be picklable. At most AHEAD x workers items, or FEW, are taken
+    from `items` before their results are.
     """
-    if workers == 1:
-        for item in items:
+    items = iter(items)
+    first = list(islice(items, FEW)) if workers > 1 else []
+    if len(first) < FEW:
+        for item in chain(first, items):
             yield use(state, item)
         return
     # Not fork: the threads of Arrow and of the watch on the launcher would not be there in the child, but their locks would.
@@ -37,7 +43,7 @@ def ordered(
     waiting: deque[Future[Result]] = deque()
     pool = ProcessPoolExecutor(workers, context, _begin, (state, os.getpid()))
     try:
-        for item in items:
+        for item in chain(first, items):
             waiting.append(pool.submit(_call, use, item))
             if len(waiting) >= AHEAD * workers:
                 yield waiting.popleft().result()

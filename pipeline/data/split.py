@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.kinds import KINDS
+from pipeline.config.prepare import Prepare
 from pipeline.config.recipe import Recipe, sources
 from pipeline.config.schema import Classify, Source
 from pipeline.data import glue
 from pipeline.data.check import Checked
 from pipeline.data.read import Bad, Row, fingerprint, rows
 from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only
+from pipeline.data.texts import texts
 from pipeline.errors import UserError
 
 Part = Literal["train", "held_out"]
@@ -51,9 +53,18 @@ def position(prompt: str) -> float:
 
 
 def reader(kind: str, source: Source, key: str) -> Callable[[Row], Example]:
+    if kind == "prepare":
+        return _any_text
     if kind == "sft" or key == "ptx.data":
         return lambda row: demonstration(row, source.take)
     return preference if kind == "reward" else prompt_only
+
+
+def _any_text(row: Row) -> Example:
+    """A row of any shape, as long as it says something."""
+    if not texts(row.fields):
+        raise Skip("no field holds text")
+    return Example("")
 
 
 def place(recipe: Recipe, stage: str, run_dir: Path, key: str | None = None) -> Iterator[Placed]:
@@ -136,4 +147,7 @@ def fingerprints(recipe: Recipe, stage: str, parents: Mapping[str, str]) -> list
             here = (source.revision, source.split, source.subset)
             content = parents[source.stage or ""] if path is None else fingerprint(recipe.local(path), *here)
             found.append({"path": source.name, "sha256": content} | ({"for": key} if place else {}))
+    if isinstance(block, Prepare):
+        evaluation = {path: fingerprint(recipe.local(path)) for path in block.evaluation_files}
+        found += [{"path": path, "sha256": content, "for": "decontaminate"} for path, content in evaluation.items()]
     return found

@@ -27,8 +27,8 @@ EXAMPLES = 5
 WIDTH = 160
 """Characters of an example."""
 
-READING = -1
-"""The number of what comes before the first step."""
+READ, READING = "read", -1
+"""The name and number of what comes before the first step."""
 
 
 @dataclass
@@ -175,7 +175,7 @@ class Ledger:
     """
 
     def __init__(self, steps: list[Any]) -> None:
-        self.counts = {READING: Count("read"), **{n: Count(step.step) for n, step in enumerate(steps)}}
+        self.counts = {READING: Count(READ), **{n: Count(step.step) for n, step in enumerate(steps)}}
         self.sources: dict[str, Counter[str]] = {}
         self.kept = 0
         self._indexes: dict[int, tuple[Exact | Near, str]] = {}
