@@ -44,6 +44,7 @@ def prepare(context: Context) -> None:
     block, work = cast(Prepare, context.block), context.dir / "work"
     check_languages(context, block)
     steps, ledger = Steps(block.steps, evaluations(context, block)), Ledger(block.steps)
+    ledger.sources.update({source.name: Counter() for source in block.data})
     workers = block.workers or len(os.sched_getaffinity(0))
 
     shutil.rmtree(work, ignore_errors=True)

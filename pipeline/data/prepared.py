@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.steps import Count, Ledger
+
+LIBRARIES = ("ftfy", "phonenumbers", "py3langid", "pyarrow", "rensa", "selectolax", "xxhash")
+"""Whose version may change what comes out."""
 
 
 def write_report(folder: Path, ledger: Ledger) -> None:
@@ -14,6 +18,7 @@ def write_report(folder: Path, ledger: Ledger) -> None:
     record = {
         "rows": {"read": sum(c["rows"] for c in ledger.sources.values()), "kept": ledger.kept},
         "steps": [_step(count) for count in ledger.counts.values()],
+        "libraries": {name: version(name) for name in LIBRARIES},
         "sources": {name: dict(sorted(counts.items())) for name, counts in sorted(ledger.sources.items())},
     }
     text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
