@@ -159,7 +159,7 @@ def page(found: dict[str, dict[int, dict[str, float]]], sizes: list[int]) -> str
         f"`python scripts/bench_data.py`, Python {platform.python_version()}, {os.cpu_count()} cores. Commit {commit()}.",
         "",
         "Rows of a prompt and a completion, about 50 words, made of real sentences. Each line but `read` is a whole prepare",
-        "stage with only those steps, from reading JSON lines to publishing Parquet. `linear` is the time of the most rows over",
+        "stage with only those steps, from reading JSON lines to publishing Parquet. `linear`: the time of the most rows over",
         "that of ten times fewer, divided by ten: 1 is linear, more is worse. Peaks are of the stage's process and of the",
         "largest of its workers.",
         "",

@@ -10,7 +10,6 @@ was stopped begins anew, which costs minutes at most.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -22,11 +21,13 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from pipeline.config.prepare import Decontaminate, Language, Prepare
+from pipeline.data.check import Rejections
 from pipeline.data.decontaminate import Evaluation
 from pipeline.data.language import languages
 from pipeline.data.parallel import ordered
 from pipeline.data.prepared import summary, write_report
-from pipeline.data.read import Bad, Row, rows
+from pipeline.data.read import rows
+from pipeline.data.row import Bad, Row
 from pipeline.data.shards import Shards, size
 from pipeline.data.split import location, read_source
 from pipeline.data.steps import READ, READING, Ledger, Passage, Steps
@@ -47,25 +48,27 @@ def prepare(context: Context) -> None:
     ledger.sources.update({source.name: Counter() for source in block.data})
     workers = block.workers or len(os.sched_getaffinity(0))
 
+    rules = context.recipe.header.data
     shutil.rmtree(work, ignore_errors=True)
     with (
         Shards(work / "data") as shards,
-        (work / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
+        Rejections(work / "rejected.jsonl", rules.on_bad_row, rules.max_bad) as rejections,
         tqdm(unit=" rows", disable=None, desc=context.stage) as progress,
     ):
         for passages in ordered(steps, Steps.run_all, chunks(context, block), workers):
             for passage in passages:
-                gone = ledger.enter(passage)
-                if gone:
-                    refuse_bad(context, gone)
-                    rejected.write(json.dumps(gone, ensure_ascii=False) + "\n")
+                rejections.count(passage.source)
+                if gone := ledger.enter(passage):
+                    reason = f"{gone.step}: {gone.reason}"
+                    rejections.add(passage.source, passage.row, reason, detail=gone.detail, bad=gone.step == READ)
                 else:
                     shards.add(with_origin(passage))
             progress.update(len(passages))
             if context.stop_requested():
                 raise Stopped
+        for source in ledger.sources:
+            rejections.finish(source)
     require_rows(context, ledger)
-    refuse_many_bad(context, ledger)
     write_report(work, ledger)
     print("\n".join(summary(ledger)), flush=True)
 
@@ -109,7 +112,7 @@ def inside(row: Row | Bad, place: Path) -> Row | Bad:
 def with_origin(passage: Passage) -> dict[str, Any]:
     """The row's fields and where they are from; an earlier stage that wrote it already keeps what it says."""
     origin = {"relay_source": passage.source, "relay_file": passage.row.file, "relay_row": passage.row.number}
-    return {**origin, **passage.row.fields}
+    return {**origin, **passage.fields}
 
 
 def evaluations(context: Context, block: Prepare) -> dict[int, Evaluation]:
@@ -142,30 +145,6 @@ def check_languages(context: Context, block: Prepare) -> None:
                 context.recipe.where("stages", context.stage, "steps", str(number), "language", "keep"),
                 f"found {', '.join(sorted(strange))}",
                 expected="ISO 639 codes among: " + ", ".join(languages()),
-            )
-
-
-def refuse_bad(context: Context, gone: dict[str, Any]) -> None:
-    """With `on_bad_row: stop`, refuse a row that could not be read."""
-    if gone["step"] == READ and context.recipe.header.data.on_bad_row == "stop":
-        raise UserError(
-            f"data {gone['source']}: {gone['file']}, row {gone['row']}",
-            f"{gone['reason']}: {gone['detail']}",
-            fix="mend or remove the row, or write `data: {on_bad_row: reject}`",
-        )
-
-
-def refuse_many_bad(context: Context, ledger: Ledger) -> None:
-    """Refuse a source of which more than `max_bad` could not be read."""
-    most = context.recipe.header.data.max_bad
-    for source, counts in ledger.sources.items():
-        bad = sum(rows for reason, rows in counts.items() if reason.startswith(f"{READ}: "))
-        if bad > most * counts["rows"]:
-            raise UserError(
-                f"data {source}",
-                f"{bad} of {counts['rows']} rows cannot be read",
-                expected=f"at most {most:.0%}, as `data.max_bad` says",
-                fix=f"see {context.dir / 'work' / 'rejected.jsonl'}",
             )
 
 

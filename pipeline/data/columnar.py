@@ -72,9 +72,11 @@ def _fields(batch: Any) -> list[dict[str, Any] | str]:
     """The rows of a batch; in place of one that is broken (text that is not UTF-8, a date out of range), what is wrong."""
     import pyarrow
 
+    from pipeline.data.shards import decoded
+
     try:
         batch.validate(full=True)
-        return list(batch.to_pylist())
+        return list(decoded(batch.schema, batch.to_pylist()))
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         if batch.num_rows == 1:
             return [str(error).splitlines()[0] if str(error) else type(error).__name__]

@@ -17,7 +17,7 @@ from pipeline.data import clean, markup, mask
 from pipeline.data.decontaminate import Evaluation
 from pipeline.data.duplicates import Exact, Near, exact_key, shingles, signature
 from pipeline.data.language import UNKNOWN, language
-from pipeline.data.read import Bad, Row
+from pipeline.data.row import Bad, Row
 from pipeline.data.shards import storable
 from pipeline.data.texts import change, texts, words
 
@@ -33,14 +33,28 @@ READ, READING = "read", -1
 
 @dataclass
 class Passage:
-    """A row's way through the steps in one process: the numbers of those that changed it (`changed`, with excerpts of before
-    and after), the keys that steps took, and the step that removed it, with the reason and details."""
+    """A row's way through the steps in one process: what it became, the numbers of those that changed it (`changed`, with
+    excerpts of before and after), the keys that steps took, and the step that removed it, with the reason and details."""
 
-    row: Row
+    row: Row | Bad
     source: str
     changed: dict[int, tuple[str, str]] = field(default_factory=dict)
     keys: dict[int, Any] = field(default_factory=dict)
     removed: tuple[int, str, str] | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The row's fields; none for one that could not be read."""
+        return self.row.fields if isinstance(self.row, Row) else {}
+
+
+@dataclass(frozen=True)
+class Gone:
+    """Why a row does not stay: `reason` is the same for all such rows of the step, `detail` what differs."""
+
+    step: str
+    reason: str
+    detail: str
 
 
 class Steps:
@@ -99,8 +113,7 @@ class Steps:
         passages = []
         for source, row in rows:
             if isinstance(row, Bad):
-                nothing = Row({}, row.file, row.number)
-                passages.append(Passage(nothing, source, removed=(READING, row.reason, row.detail)))
+                passages.append(Passage(row, source, removed=(READING, row.reason, row.detail)))
                 continue
             passage = self.run(row, source)
             for number in passage.changed:
@@ -185,8 +198,8 @@ class Ledger:
             elif isinstance(step, config.NearDuplicates):
                 self._indexes[number] = (Near(step.threshold, step.num_perm), "near duplicate of an earlier row")
 
-    def enter(self, passage: Passage) -> dict[str, Any] | None:
-        """Count a row; None when it stays, else the record of why it does not: step, reason, detail, source, file, row."""
+    def enter(self, passage: Passage) -> Gone | None:
+        """Count a row; None when it stays, else why it does not."""
         source = self.sources.setdefault(passage.source, Counter())
         source["rows"] += 1
         for number, count in self.counts.items():
@@ -198,11 +211,10 @@ class Ledger:
                 reason, detail = removed
                 count.removed[reason] += 1
                 source[f"{count.step}: {reason}"] += 1
-                record = {"step": count.step, "reason": reason, "detail": detail, **_place(passage)}
                 if len(count.examples) < EXAMPLES:
-                    text = "\n".join(texts(passage.row.fields))
+                    text = "\n".join(texts(passage.fields))
                     count.examples.append({**_place(passage), "reason": reason, "detail": detail, "text": text[:WIDTH]})
-                return record
+                return Gone(count.step, reason, detail)
         source["kept"] += 1
         self.kept += 1
         return None

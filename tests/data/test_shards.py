@@ -7,7 +7,9 @@ from typing import Any
 import pyarrow.parquet as parquet
 import pytest
 
-from pipeline.data.shards import Shards, decoded, storable
+from pipeline.data import read
+from pipeline.data.row import Row
+from pipeline.data.shards import Shards, storable
 
 pytestmark = pytest.mark.fast
 
@@ -29,11 +31,7 @@ def written(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     with Shards(folder) as shards:
         for row in rows:
             shards.add(row)
-    found = []
-    for file in sorted(folder.iterdir()):
-        table = parquet.read_table(file)
-        found += decoded(table.schema, table.to_pylist())
-    return found
+    return [row.fields for row in read.rows(str(folder)) if isinstance(row, Row)]
 
 
 def test_rows_of_any_shape_come_back_as_they_were(tmp_path: Path) -> None:

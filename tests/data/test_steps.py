@@ -8,7 +8,7 @@ import pytest
 from pipeline.config.prepare import Prepare
 from pipeline.data.decontaminate import Evaluation
 from pipeline.data.parallel import FEW, ordered
-from pipeline.data.read import Bad, Row
+from pipeline.data.row import Bad, Row
 from pipeline.data.steps import EXAMPLES, Ledger, Passage, Steps
 
 pytestmark = pytest.mark.fast
@@ -21,14 +21,14 @@ def steps_of(*steps: Any) -> list[Any]:
 def run(
     steps: list[Any], rows: list[Row | Bad], evaluations: dict[int, Evaluation] | None = None
 ) -> tuple[Ledger, list[str], list[Any]]:
-    """The ledger, the texts that stay, and the records of the rows that do not."""
+    """The ledger, the texts that stay, and (step, row, detail) of the rows that do not."""
     ledger = Ledger(steps)
     kept, gone = [], []
     for passage in Steps(steps, evaluations or {}).run_all(("a.jsonl", row) for row in rows):
-        if record := ledger.enter(passage):
-            gone.append(record)
+        if why := ledger.enter(passage):
+            gone.append((why.step, passage.row.number, why.detail))
         else:
-            kept.append(passage.row.fields["text"])
+            kept.append(passage.fields["text"])
     for count, following in zip(list(ledger.counts.values()), list(ledger.counts.values())[1:], strict=False):
         assert count.after == following.before
     assert ledger.counts[-1].before == len(rows) == ledger.kept + len(gone)
@@ -52,7 +52,7 @@ def test_cleaning_before_duplicates_finds_more() -> None:
     assert run(steps_of("exact_duplicates", "unicode", "control"), rows)[1] == ["café", "café", "cafe", "cafe"]
     ledger, kept, gone = run(steps_of("unicode", "control", "exact_duplicates"), rows)
     assert kept == ["café", "cafe"]
-    assert [(r["step"], r["row"], r["detail"]) for r in gone] == [
+    assert gone == [
         ("exact_duplicates", 2, "a.jsonl, row 1"),
         ("exact_duplicates", 4, "a.jsonl, row 3"),
     ]
@@ -69,7 +69,7 @@ def test_a_row_that_a_later_step_removes_still_has_duplicates() -> None:
     rows = texts("short", "short", "quite long enough")
     _, kept, gone = run(steps_of("exact_duplicates", {"length": {"min": 10}}), rows)
     assert kept == ["quite long enough"]
-    assert [r["step"] for r in gone] == ["length", "exact_duplicates"]
+    assert [step for step, _, _ in gone] == ["length", "exact_duplicates"]
 
 
 def test_what_a_step_did_is_not_counted_for_rows_that_were_gone() -> None:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as parquet
 import pytest
 import yaml
 
 from pipeline import chain, handoff
 from pipeline.config.recipe import load
-from pipeline.data.shards import decoded
+from pipeline.data import read
+from pipeline.data.row import Row
 from pipeline.errors import UserError
 from pipeline.stage import Stopped, execute
 from stages.prepare import prepare
@@ -78,10 +78,7 @@ def run(file: Path, run_dir: Path, *overrides: str, stage: str = "clean") -> han
 
 
 def published(baton: handoff.Baton) -> list[dict[str, Any]]:
-    found = []
-    for file in sorted((baton.path / "data").iterdir()):
-        table = parquet.read_table(file)
-        found += decoded(table.schema, table.to_pylist())
+    found = [row.fields for row in read.rows(str(baton.path / "data")) if isinstance(row, Row)]
     return sorted(found, key=lambda row: (row["relay_file"], row["relay_row"]))
 
 
@@ -120,14 +117,13 @@ def test_rows_are_cleaned_filtered_counted_and_handed_on(tmp_path: Path) -> None
     assert report["steps"][3]["examples"][0]["after"].startswith("When  does")
 
     gone = [json.loads(line) for line in (baton.path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(r["row"], r["step"], r["source"], r["file"]) for r in gone] == [
-        (2, "exact_duplicates", "rows.jsonl", "rows.jsonl"),
-        (3, "near_duplicates", "rows.jsonl", "rows.jsonl"),
-        (4, "length", "rows.jsonl", "rows.jsonl"),
-        (6, "decontaminate", "rows.jsonl", "rows.jsonl"),
+    assert [(r["row"], r["reason"], r["source"], r["file"]) for r in gone] == [
+        (2, "exact_duplicates: same text as an earlier row", "rows.jsonl", "rows.jsonl"),
+        (3, "near_duplicates: near duplicate of an earlier row", "rows.jsonl", "rows.jsonl"),
+        (4, "length: fewer than 5 characters", "rows.jsonl", "rows.jsonl"),
+        (6, "decontaminate: in eval.jsonl", "rows.jsonl", "rows.jsonl"),
     ]
     assert gone[0]["detail"] == "rows.jsonl, row 1"
-    assert gone[3]["reason"] == "in eval.jsonl"
     assert "| decontaminate | 5 | 0 | 1 | 4 |" in (baton.path / "report.md").read_text(encoding="utf-8")
 
     data, evaluation = baton.manifest["data"]
@@ -189,7 +185,7 @@ def test_bad_rows_are_counted_or_stop_the_stage(tmp_path: Path) -> None:
     file = recipe(tmp_path)
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as stream:
         stream.write("{broken\n")
-    with pytest.raises(UserError, match="1 of 9 rows cannot be read"):
+    with pytest.raises(UserError, match="1 of 9 rows are bad"):
         run(file, tmp_path / "run")
     with pytest.raises(UserError, match=r"rows\.jsonl, row 9"):
         run(file, tmp_path / "run", "data.on_bad_row=stop")
