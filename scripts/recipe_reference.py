@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 from pipeline.config import schema
 from pipeline.config.kinds import KINDS
 from pipeline.config.methods import METHODS, Method
+from pipeline.config.prepare import STEPS
 from pipeline.config.recipe import INHERITED
 from pipeline.config.schema import Block
 from stages.ppo.advantage import ESTIMATORS
@@ -31,6 +32,8 @@ and `seed`; keys it leaves out are the recipe's. Paths are relative to the recip
 
 def table(block: type[Block], skip: tuple[str, ...] = ()) -> str:
     lines = ["| key | type | default |", "|---|---|---|"]
+    if set(block.model_fields) <= set(skip):
+        return "No options."
     for name, field in block.model_fields.items():
         if name in skip:
             continue
@@ -49,6 +52,8 @@ def kind(annotation: Any) -> str:
     """A type as a reader writes it."""
     if "RewardSource" in str(annotation) or "StageReward" in str(annotation):
         return "a reward stage's name, or a list of sources: StageReward, FunctionReward, HttpReward, VerifyReward"
+    if "Decontaminate" in str(annotation):
+        return "a list of steps, each a name or `{name: options}`: " + ", ".join(f"`{name}`" for name in STEPS)
     text = (
         annotation.__name__
         if inspect.isclass(annotation) and not getattr(annotation, "__args__", ())
@@ -90,6 +95,7 @@ def page() -> str:
         parts.append(section(name, getattr(schema, name)))
     for name, stage in KINDS.items():
         parts.append(section(f"kind: {name}", stage.schema, (*INHERITED, "kind", "seed", "holdout")))
+    parts += [section(f"step: {name}", step, ("step",)) for name, step in STEPS.items()]
     sources = ("StageReward", "FunctionReward", "HttpReward", "VerifyReward")
     for name in ("Sampling", "Critic", "Kl", *sources, "Overlong", "Ptx", "Signals"):
         parts.append(section(name, getattr(schema, name)))

@@ -5,9 +5,10 @@ steps: [unicode, {length: {min: 20, max: 20000}}, {near_duplicates: {threshold: 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, model_validator
 
 from pipeline.config.block import Block, Fraction, Positive, misplaced
 from pipeline.config.schema import DataStage, Source
@@ -57,12 +58,19 @@ class Length(Block):
         return self
 
 
+def _codes(value: list[str]) -> list[str]:
+    for code in value:
+        if not re.fullmatch("[a-z]{2,3}", code):
+            raise ValueError(f"codes of ISO 639, such as en, not {code}")
+    return value
+
+
 class Language(Block):
     """Keeps rows whose language (ISO 639) is one of `keep` with at least `min_confidence`. Rows of fewer than 20 letters have
     no language that can be told: they are `unknown`, and kept or dropped as that says."""
 
     step: Literal["language"] = "language"
-    keep: Annotated[list[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]], Field(min_length=1)]
+    keep: Annotated[list[str], Field(min_length=1), AfterValidator(_codes)]
     min_confidence: Fraction = 0.5
     unknown: Literal["keep", "drop"] = "keep"
 

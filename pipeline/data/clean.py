@@ -16,6 +16,8 @@ Form = Literal["NFC", "NFKC"]
 def unicode(text: str, form: Form = "NFC", straight_quotes: bool = False) -> str:
     """Repair text that was decoded wrongly (mojibake: ftfy, Speer 2019), lone surrogates, ligatures and full-width letters, and
     compose it (`form`). HTML entities and control characters are other steps' work; typographic quotes stay unless asked."""
+    if text.isascii() and "\r" not in text:
+        return text  # nothing that ftfy looks for is in ASCII, and looking takes most of the time
     config = ftfy.TextFixerConfig(
         unescape_html=False,
         remove_terminal_escapes=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-MOST = 1000
+MOST = 500
 """Characters looked at, from the start: more do not change the answer and cost time in proportion."""
 
 LEAST = 20

@@ -33,6 +33,9 @@ _KEYS = re.compile(
     re.DOTALL,
 )
 
+_LONG = re.compile(r"[A-Za-z0-9_-]{13}|PRIVATE KEY")
+"""Every pattern of a key has a part like this, and few texts do."""
+
 _DIGITS = re.compile(r"\d(?:\D{0,3}\d){6}")
 """Seven digits near each other: a text without them holds no phone number, and the library need not look."""
 
@@ -40,9 +43,9 @@ _DIGITS = re.compile(r"\d(?:\D{0,3}\d){6}")
 def mask(text: str, *, email: bool = True, phone: bool = True, keys: bool = True, region: str | None = None) -> str:
     """`text` with what is asked for masked. A phone number must be a valid one (phonenumbers, Google's rules): written with
     its country code, or as in `region` (ISO 3166, such as US)."""
-    if keys:
+    if keys and _LONG.search(text):
         text = _KEYS.sub(KEY, text)
-    if email:
+    if email and "@" in text:
         text = _EMAIL.sub(EMAIL, text)
     return _without_phones(text, region) if phone and _DIGITS.search(text) else text
 
