@@ -20,7 +20,7 @@ from pipeline.data import glue
 from pipeline.data.check import Checked
 from pipeline.data.read import Bad, Row, fingerprint, rows
 from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only
-from pipeline.data.texts import texts
+from pipeline.data.texts import NO_TEXT, texts
 from pipeline.errors import UserError
 
 Part = Literal["train", "held_out"]
@@ -63,7 +63,7 @@ def reader(kind: str, source: Source, key: str) -> Callable[[Row], Example]:
 def _any_text(row: Row) -> Example:
     """A row of any shape, as long as it says something."""
     if not texts(row.fields):
-        raise Skip("no field holds text")
+        raise Skip(NO_TEXT)
     return Example("")
 
 

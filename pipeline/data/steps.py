@@ -19,7 +19,7 @@ from pipeline.data.duplicates import Exact, Near, exact_key, shingles, signature
 from pipeline.data.language import UNKNOWN, language
 from pipeline.data.row import Bad, Row
 from pipeline.data.shards import storable
-from pipeline.data.texts import change, texts, words
+from pipeline.data.texts import NO_TEXT, change, texts, words
 
 EXAMPLES = 5
 """Examples that a report shows of what a step changed or removed."""
@@ -114,6 +114,10 @@ class Steps:
         for source, row in rows:
             if isinstance(row, Bad):
                 passages.append(Passage(row, source, removed=(READING, row.reason, row.detail)))
+                continue
+            if not texts(row.fields):
+                found = "its columns: " + ", ".join(sorted(row.fields))
+                passages.append(Passage(row, source, removed=(READING, NO_TEXT, found)))
                 continue
             passage = self.run(row, source)
             for number in passage.changed:

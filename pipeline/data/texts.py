@@ -34,6 +34,9 @@ TEXT_FIELDS = (
 )
 """Fields that hold text, in the order in which a row is read; all others (ids, labels, margins, addresses) are left alone."""
 
+NO_TEXT = "no field holds text"
+"""Why a row has nothing to prepare; its columns may have names that are not in TEXT_FIELDS."""
+
 REPLIES = frozenset({"completion", "response", "output", "answer"})
 INSIDE = frozenset({"content", "value", "text", "input", "output"})
 """Keys further in that hold text: of messages (OpenAI's, ShareGPT's), of their parts, and of Self-Instruct's instances."""

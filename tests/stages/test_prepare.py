@@ -193,6 +193,12 @@ def test_bad_rows_are_counted_or_stop_the_stage(tmp_path: Path) -> None:
     assert baton.manifest["data"][0]["rows"] == 9
 
 
+def test_columns_of_other_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no field holds text") as error:
+        run(recipe(tmp_path, rows=[{"Question": "Is it?", "Best Answer": "It is."}]), tmp_path / "run")
+    assert "its columns: Best Answer, Question" in str(error.value)
+
+
 def test_nothing_left_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no row is left") as error:
         run(recipe(tmp_path, [{"length": {"min": 10000}}]), tmp_path / "run")
