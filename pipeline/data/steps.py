@@ -141,11 +141,11 @@ def _length(step: config.Length, fields: dict[str, Any]) -> tuple[str, str] | No
 def _language(step: config.Language, fields: dict[str, Any]) -> tuple[str, str] | None:
     code, confidence = language("\n".join(texts(fields)))
     if code == UNKNOWN:
-        return ("language unknown", "too short to tell") if step.unknown == "drop" else None
+        return (UNKNOWN, "too short to tell") if step.unknown == "drop" else None
     if code not in step.keep:
-        return f"language {code}", f"confidence {confidence:.2f}"
+        return code, f"confidence {confidence:.2f}"
     if confidence < step.min_confidence:
-        return f"language {code}, not sure enough", f"confidence {confidence:.2f}"
+        return f"{code}, not sure enough", f"confidence {confidence:.2f}"
     return None
 
 
@@ -200,7 +200,7 @@ class Ledger:
             if isinstance(step, config.ExactDuplicates):
                 self._indexes[number] = (Exact(), "same text as an earlier row")
             elif isinstance(step, config.NearDuplicates):
-                self._indexes[number] = (Near(step.threshold, step.num_perm), "near duplicate of an earlier row")
+                self._indexes[number] = (Near(step.threshold, step.num_perm), "much like an earlier row")
 
     def enter(self, passage: Passage) -> Gone | None:
         """Count a row; None when it stays, else why it does not."""

@@ -106,9 +106,9 @@ def test_every_reason_is_told() -> None:
         "kept": 2,
         "read: not valid JSON": 1,
         "length: more than 40 words": 1,
-        "language: language de": 1,
+        "language: de": 1,
         "decontaminate: in eval.jsonl": 1,
-        "near_duplicates: near duplicate of an earlier row": 1,
+        "near_duplicates: much like an earlier row": 1,
     }
 
 

@@ -119,7 +119,7 @@ def test_rows_are_cleaned_filtered_counted_and_handed_on(tmp_path: Path) -> None
     gone = [json.loads(line) for line in (baton.path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(r["row"], r["reason"], r["source"], r["file"]) for r in gone] == [
         (2, "exact_duplicates: same text as an earlier row", "rows.jsonl", "rows.jsonl"),
-        (3, "near_duplicates: near duplicate of an earlier row", "rows.jsonl", "rows.jsonl"),
+        (3, "near_duplicates: much like an earlier row", "rows.jsonl", "rows.jsonl"),
         (4, "length: fewer than 5 characters", "rows.jsonl", "rows.jsonl"),
         (6, "decontaminate: in eval.jsonl", "rows.jsonl", "rows.jsonl"),
     ]
