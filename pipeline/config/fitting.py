@@ -147,7 +147,8 @@ def prefixed(method: str) -> bool:
 def check_attention(recipe: Recipe, stage: str) -> None:
     """Raise UserError where an adapter with a prefix, this stage's own or one it reads, meets another attention than SDPA."""
     block = recipe.stages[stage]
-    read = [recipe.stages[name].adapter.method for name in recipe.parents(stage)]
+    parents = (recipe.stages[name].adapter for name in recipe.parents(stage))
+    read = [adapter.method for adapter in parents if adapter is not None]  # a data stage has none
     methods = [*([] if block.kind == "evaluate" else [block.adapter.method]), *read]
     found = next((method for method in methods if prefixed(method)), None)
     if found is not None and block.base.attn_implementation != "sdpa":

@@ -14,7 +14,7 @@ import yaml
 
 from pipeline import chain, handoff
 from pipeline.config.recipe import load
-from pipeline.data import read
+from pipeline.data import read, split
 from pipeline.data.row import Row
 from pipeline.errors import UserError
 from pipeline.stage import Stopped, execute
@@ -168,6 +168,30 @@ def test_a_prepare_stage_reads_another(tmp_path: Path) -> None:
     second = run(file, tmp_path / "run", stage="again")
     assert published(second) == published(first)
     assert second.manifest["parents"] == {"clean": first.content_hash}
+
+
+def test_a_training_stage_reads_what_was_prepared(tmp_path: Path) -> None:
+    """Tool calls too: a Parquet column of their own would have given each the arguments of all others."""
+    calls = [
+        {"type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, arguments in (("weather", {"city": "Oslo"}), ("add", {"a": 1, "b": [2, {}]}))
+    ]
+    asked = {"role": "user", "content": "What is it?"}
+    rows: list[dict[str, Any]] = [
+        {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [call]}
+        for call in calls
+    ]
+    rows += [{"prompt": "What is it?", "completion": "It is that."}, {"text": "Once upon a time."}]
+    file = recipe(tmp_path, ["unicode"], rows)
+    text = yaml.safe_load(file.read_text(encoding="utf-8"))
+    text["data"] = {"holdout": 0.0}
+    text["stages"]["sft"] = {"kind": "sft", "data": [{"stage": "clean"}], "lr": 1e-4}
+    file.write_text(yaml.safe_dump(text, sort_keys=False), encoding="utf-8")
+    run(file, tmp_path / "run")
+    placed = list(split.place(load(file), "sft", tmp_path / "run"))
+    assert [row.part for row in placed] == ["train"] * 4, [row.reason for row in placed]
+    found = [row.example for row in placed if row.example is not None and row.example.tools]
+    assert [(e.tools, e.chosen) for e in found] == [(row["tools"], row["messages"][1:]) for row in rows[:2]]
 
 
 def test_a_stop_request_leaves_nothing_published(tmp_path: Path) -> None:
