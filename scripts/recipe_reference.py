@@ -91,7 +91,7 @@ def estimators() -> str:
 
 def page() -> str:
     parts = [HEAD, section("Top level", schema.Header)]
-    for name in ("Base", "Adapter", "DeepSpeed", "DataRules", "Tracking", "Wandb", "Source"):
+    for name in ("Base", "Adapter", "DeepSpeed", "DataRules", "Tracking", "Wandb", "Source", "Mix"):
         parts.append(section(name, getattr(schema, name)))
     for name, stage in KINDS.items():
         parts.append(section(f"kind: {name}", stage.schema, (*INHERITED, "kind", "seed", "holdout")))
@@ -158,6 +158,7 @@ def methods() -> str:
         "conv1d": "GPT-2",
         "shared": "PPO",
         "continued": "continued",
+        "packs": "packing",
     }
     about = ["| method | paper | what trains | trained parameters | choose it |", "|---|---|---|---|---|"]
     caps = ["| method | " + " | ".join(columns.values()) + " | PEFT's name | where it cannot |"]

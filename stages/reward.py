@@ -60,7 +60,11 @@ def reward(context: Context) -> None:
         )
         trainer.train(context, training, resume)
         metrics = held_out_metrics(
-            training.model, data.held_out, tok.pad_token_id, arguments.per_device_eval_batch_size
+            training.model,
+            data.held_out,
+            tok.pad_token_id,
+            arguments.per_device_eval_batch_size,
+            data.held_out_by_source(len(data.held_out)),
         )
         tracker.log(steps, metrics)
 
@@ -69,8 +73,11 @@ def reward(context: Context) -> None:
 
 
 @torch.no_grad()
-def held_out_metrics(model: Any, rows: Dataset, pad: int, batch: int) -> dict[str, float]:
-    """Pairwise accuracy on held-out pairs, beside that of always preferring the longer reply (a tie counts one half).
+def held_out_metrics(
+    model: Any, rows: Dataset, pad: int, batch: int, by_source: dict[str, list[int]]
+) -> dict[str, float]:
+    """Pairwise accuracy on held-out pairs, beside that of always preferring the longer reply (a tie counts one half); also
+    of the pairs of each source, whose places `by_source` holds.
 
     Every rank scores its part; parts are padded to one length because under ZeRO-3 ranks must run in step.
     """
@@ -98,12 +105,17 @@ def held_out_metrics(model: Any, rows: Dataset, pad: int, batch: int) -> dict[st
 
     accuracy = sum(preferred(*by_row[i]) for i in by_row) / len(rows)
     longer = sum(preferred(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows) / len(rows)
+    sources: dict[str, float] = {}
+    for name, places in by_source.items():
+        right = sum(preferred(*by_row[place]) for place in places)
+        sources |= {f"held_out/{name}/accuracy": right / len(places), f"held_out/{name}/pairs": float(len(places))}
     flat = [s for pair in by_row.values() for s in pair]
     return {
         "held_out/accuracy": accuracy,
         "held_out/longer_reply_accuracy": longer,
         "held_out/pairs": float(len(rows)),
         "held_out/mean_score": sum(flat) / len(flat),
+        **sources,
     }
 
 

@@ -1,25 +1,28 @@
 """Supervised fine-tuning: next-token cross-entropy on demonstrations.
 
 Reads the base model (or an earlier stage named by `init`) and prompt/completion rows; hands on a policy: a LoRA adapter or
-a full model. Loss is taken on the completion and its EOS only, unless `loss_on: all`. It does not pack sequences.
+a full model. Loss is taken on the completion and its EOS only, unless `loss_on: all`. With `packing` several rows share a
+sequence and none sees another. It does not learn from images.
 
     deepspeed --num_gpus 2 --module stages.sft --recipe quickstart --stage sft --run-dir runs/quickstart
 """
 
 from __future__ import annotations
 
-import math
-from typing import cast
+from typing import Any, cast
 
 from trl import SFTConfig, SFTTrainer
 
 from pipeline import checkpoint, engine, trainer
 from pipeline.adapters import adalora, lora_plus
+from pipeline.config.fitting import check_packing
 from pipeline.config.schema import Sft
+from pipeline.data import packed
 from pipeline.data.encoded import demonstrations
 from pipeline.model import begin
 from pipeline.model.load import tokenizer
 from pipeline.stage import Context, main
+from stages.by_source import BySource, perplexity
 
 
 def sft(context: Context) -> None:
@@ -29,35 +32,56 @@ def sft(context: Context) -> None:
 
     tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
     data = demonstrations(context, tok, block.max_length, block.loss_on)
+    rows = packed.packed(context, data, block.max_length) if block.packing else data.train
     held_out = data.held_out.select(range(min(len(data.held_out), block.eval_rows)))
 
-    steps, kept = trainer.whole_batches(context, block, len(data.train), len(held_out))
+    steps, kept = trainer.whole_batches(context, block, len(rows), len(held_out))
     arguments = SFTConfig(max_length=None, **trainer.arguments(context, block, steps))
     zero = engine.zero_stage(arguments.deepspeed)
     model, base = begin.model(context, parent, tok, "causal", sharded=zero == 3, steps=steps, longest=data.longest)
+    if block.packing:
+        check_packing(context.recipe, context.stage, model.config.get_text_config().model_type)
     allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
 
     with context.tracker(steps, checkpoint.step_of(resume) if resume else 0) as tracker:
-        training = SFTTrainer(
+        training = (PackedTrainer if block.packing else SFTTrainer)(
             model=model,
             args=arguments,
-            train_dataset=data.train.select(range(kept)),
+            train_dataset=rows.select(range(kept)),
             eval_dataset=held_out if len(held_out) else None,
+            data_collator=packed.Collator(tok.pad_token_id) if block.packing else None,
             processing_class=tok,
             callbacks=trainer.callbacks(context, block, tracker, allocation),
             **lora_plus.for_trainer(model, block.adapter, block),
         )
+        by_source = BySource(training, held_out, data.held_out_by_source(len(held_out)), tracker)
+        training.add_callback(by_source)
         trainer.train(context, training, resume)
         metrics = {}
         if len(held_out):
             loss = training.evaluate()["eval_loss"]
-            metrics = {"held_out/loss": loss, "held_out/perplexity": math.exp(min(loss, 50.0))}
+            metrics = {"held_out/loss": loss, "held_out/perplexity": perplexity(loss)}
             tracker.log(steps, metrics)
+            metrics |= by_source.metrics
 
     write = begin.writer(training.model, tok, base)
     context.publish(write, base=base, method=block.adapter.method, metrics=metrics, counts=data.counts, zero_stage=zero)
+
+
+class PackedTrainer(SFTTrainer):
+    """Counts tokens: without an attention mask TRL takes the width of a micro-batch for their number."""
+
+    _total_train_tokens: int
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        before, tokens = self._total_train_tokens, inputs["input_ids"] != self.processing_class.pad_token_id
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.model.training:
+            self._total_train_tokens = before + int(self.accelerator.gather(tokens.sum()).sum())
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
 
 
 if __name__ == "__main__":

@@ -79,6 +79,13 @@ ARCHITECTURES: dict[str, Names] = {
 HOLD_BIASES = ("llama", "opt", "gpt2", "gpt_neox")
 """Families whose config can ask for a bias on every linear layer (of OPT those whose embeddings are not projected)."""
 
+PACK = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox")
+"""Families in which rows packed into one sequence do not see each other: transformers parts them by their positions. OPT makes
+its attention mask without looking at positions."""
+
+PACK_ATTENTION = ("sdpa", "eager")
+"""Attention by which that holds for several sequences at a time."""
+
 SLOTS = tuple(slot.name for slot in fields(Names))
 
 

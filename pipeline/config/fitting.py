@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.architectures import HOLD_BIASES, names
+from pipeline.config.architectures import HOLD_BIASES, PACK, PACK_ATTENTION, names
 from pipeline.config.kinds import estimators
 from pipeline.config.methods import METHODS
 from pipeline.config.schema import Adapter, Ppo, Stage, reward_stages
@@ -47,6 +47,8 @@ def check_method(recipe: Recipe, stage: str, deepspeed: dict[str, Any]) -> None:
         _check_pruning(recipe.where("stages", stage, "adapter", "tinit"), block)
     if isinstance(block, Ppo):
         _check_ppo(where, block)
+    if getattr(block, "packing", False):
+        check_packing(recipe, stage, config.get("model_type"))
     if config:
         check_modules(adapter, config["model_type"], recipe.where("stages", stage, "adapter", "modules"))
     if config.get("attn_logit_softcapping") and prefixed(adapter.method):
@@ -107,6 +109,31 @@ def check_room(where: str, first: int, last: int, total: int) -> None:
             f"ranks would be pruned between step {first} and step {total - last}, of {total}",
             expected="tinit + tfinal below the optimizer steps in which the adapter trains",
             fix="lower tinit or tfinal, or write them as shares of the steps, such as 0.1 and 0.2",
+        )
+
+
+def check_packing(recipe: Recipe, stage: str, family: str | None) -> None:
+    """Raise UserError where packed rows would see each other; `family` is the base's model_type, None if not yet known."""
+    block, where = recipe.stages[stage], recipe.where("stages", stage, "packing")
+    if not METHODS[block.adapter.method].packs:
+        raise UserError(
+            where,
+            f"packing with {block.adapter.method}, whose virtual tokens stand before the first row of a sequence alone",
+            fix="write `method: p_tuning_v2`, which has a prefix in every layer, or `packing: false`",
+        )
+    if block.base.attn_implementation not in PACK_ATTENTION:
+        raise UserError(
+            where,
+            f"packing with attention {block.base.attn_implementation}",
+            expected=" or ".join(PACK_ATTENTION) + ", which keep the rows of several sequences apart",
+            fix="write `attn_implementation: sdpa`, or `packing: false`",
+        )
+    if family is not None and family not in PACK:
+        raise UserError(
+            where,
+            f"packing on model_type {family!r}, which is not known to keep the rows of a sequence apart",
+            expected="one of: " + ", ".join(PACK),
+            fix="write `packing: false`",
         )
 
 

@@ -41,6 +41,7 @@ class Method:
     - shared: several roles can have such an adapter on one copy of the base
     - continued: the next stage can go on training a copy of the adapter
     - prefixed: virtual tokens stand before the text and take part of the model's context
+    - packs: several rows can be packed into one sequence
 
     All of them save, resume, decode in a key-value cache as in a full forward, and recompute activations. `instead` names a
     method that works where this one does not, and `why` says why it does not.
@@ -63,6 +64,7 @@ class Method:
     shared: bool = True
     continued: bool = True
     prefixed: bool = False
+    packs: bool = True
     instead: str = "lora"
     why: str = ""
 
@@ -262,6 +264,7 @@ METHODS: dict[str, Method] = {
         identity=False,
         mergeable=False,
         prefixed=True,
+        packs=False,
         why="virtual tokens are not a change of a weight",
     ),
     "p_tuning": Method(
@@ -274,6 +277,7 @@ METHODS: dict[str, Method] = {
         identity=False,
         mergeable=False,
         prefixed=True,
+        packs=False,
         why="virtual tokens are not a change of a weight",
     ),
     "mam": Method(

@@ -21,6 +21,7 @@ from pipeline.config.block import closest
 from pipeline.config.fitting import check_attention, check_method
 from pipeline.config.kinds import DATA, KINDS
 from pipeline.config.methods import METHODS
+from pipeline.config.mixture import check_mixture
 from pipeline.config.ppo import check_ppo
 from pipeline.config.schema import (
     REWARD_KEYS,
@@ -346,6 +347,7 @@ def _check(recipe: Recipe) -> None:
     for stage, block in recipe.stages.items():
         _check_upstream(recipe, stage, block)
         _check_batches(recipe, stage, block)
+        check_mixture(recipe, stage)
         if isinstance(block, Ppo):
             check_ppo(recipe, stage, block)
         if getattr(block, "eval_every", None) and block.holdout == 0 and not isinstance(block, Classify):

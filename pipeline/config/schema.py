@@ -76,8 +76,9 @@ class Source(Block):
     """Data: the `path` of a file, folder, glob or hub dataset (`revision`, `split` and `subset` are the hub's), or the
     rows that an earlier `stage` published.
 
-    `share` takes that part of its prompts, disjoint from other stages' shares; `limit` at most so many rows; `weight` says
-    how much of a mixture it is; `take` which reply of a preference is learned from.
+    `share` takes that part of its prompts, disjoint from other stages' shares; `limit` at most so many rows; `weight`, which
+    all of a stage's sources have or none, how often it is drawn beside the others (an epoch is as long as without; see Mix);
+    `take` which reply of a preference is learned from.
     """
 
     path: str | None = None
@@ -100,6 +101,17 @@ class Source(Block):
     def name(self) -> str:
         """What counts, metrics and the manifest call it."""
         return self.path if self.path is not None else f"stage {self.stage}"
+
+
+class Mix(Block):
+    """How often rows of each source are drawn, when no source has a `weight`: as its number of rows to the power of 1 over
+    `temperature` (Raffel et al. 2020, arXiv 1910.10683). 1 draws by size; the higher, the more alike.
+
+    An epoch has as many draws as the sources have rows after their limits. A source drawn more often than it has rows is
+    repeated as a whole, and the rest chosen by the seed.
+    """
+
+    temperature: Annotated[float, Field(gt=0.0)]
 
 
 class Schedule(Block):
@@ -155,6 +167,7 @@ class Supervised(Stage, Training):
     """Common to stages that go through their data in epochs."""
 
     data: Annotated[list[Source], Field(min_length=1)]
+    mix: Mix | None = None
     init: str = "base"
     epochs: Annotated[float, Field(gt=0.0)] = 1.0
     steps: Positive | None = None
@@ -171,10 +184,15 @@ class Supervised(Stage, Training):
 
 
 class Sft(Supervised):
-    """Supervised fine-tuning: next-token cross-entropy on the completion (or on all tokens when `loss_on: all`)."""
+    """Supervised fine-tuning: next-token cross-entropy on the completion (or on all tokens when `loss_on: all`).
+
+    `packing` puts several rows into one sequence of up to `max_length` tokens, each blind to the others. `batch`, `steps`,
+    `epochs` and `save_every` then count such sequences.
+    """
 
     kind: Literal["sft"]
     loss_on: Literal["completion", "all"] = "completion"
+    packing: bool = False
 
 
 class Reward(Supervised):
@@ -192,6 +210,7 @@ class Classify(Supervised):
     kind: Literal["classify"]
     task: Annotated[str, AfterValidator(task_name)]
     data: str | None = None  # type: ignore[assignment]
+    mix: None = None
 
 
 def _function(value: str) -> str:
@@ -361,6 +380,7 @@ class Ptx(Block):
     """
 
     data: Annotated[list[Source], Field(min_length=1)]
+    mix: Mix | None = None
     coef: NonNegative = 1.0
     final_coef: NonNegative | None = None
     batch: Positive = 32
@@ -417,6 +437,7 @@ class Ppo(Stage, Training):
     reward: RewardSources
     gold: RewardSources | None = None
     prompts: Annotated[list[Source], Field(min_length=1)]
+    mix: Mix | None = None
     rollout_batch: Positive = 64
     samples_per_prompt: Positive = 1
     minibatches: Positive = 1

@@ -76,10 +76,11 @@ def preference(encoder: Encoder, example: Example, max_length: int) -> dict[str,
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's token ids and the fields of the data row it came from."""
+    """A prompt's token ids, the fields of the data row it came from, and its source's short name."""
 
     ids: list[int]
     row: dict[str, Any]
+    source: str = ""
 
 
 def prompt(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any]:

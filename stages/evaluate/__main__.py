@@ -9,6 +9,7 @@ that no stage trains on. Each rank answers its part; models are not sharded.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +62,8 @@ def evaluate(context: Context) -> None:
         side: answers(block, roles, role, prompts, rewards, encoder)
         for side, role in (("model", TESTED), ("against", AGAINST))
     }
-    metrics = summary(sides, list(rewards.values()))
+    origins = [prompt.source for prompt in prompts]
+    metrics = summary(sides, list(rewards.values()), origins)
     if judge is not None:
         rows = [prompt.row for prompt in prompts]
         scores = {
@@ -69,6 +71,7 @@ def evaluate(context: Context) -> None:
             for side, records in sides.items()
         }
         metrics |= compared("judge", scores["model"], scores["against"], block.seed)
+        metrics |= by_source("judge", scores["model"], scores["against"], origins)
     table = [
         {
             "prompt": m["prompt"],
@@ -159,8 +162,9 @@ def together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((row for part in gathered for row in part), key=lambda row: int(row["index"]))
 
 
-def summary(sides: dict[str, list[dict[str, Any]]], rewards: list[str]) -> dict[str, float]:
-    """Means over the held-out prompts, for both sides, and the reward models' win rates."""
+def summary(sides: dict[str, list[dict[str, Any]]], rewards: list[str], origins: Sequence[str]) -> dict[str, float]:
+    """Means over the held-out prompts, for both sides, and the reward models' win rates; also by the sources of the prompts,
+    `origins`."""
     metrics: dict[str, float] = {"prompts": float(len(sides["model"]))}
     for side, rows in sides.items():
         metrics[f"length/{side}"] = sum(r["length"] for r in rows) / len(rows)
@@ -169,6 +173,7 @@ def summary(sides: dict[str, list[dict[str, Any]]], rewards: list[str]) -> dict[
     for name in rewards:
         ours, theirs = ([r["scores"][name] for r in sides[side]] for side in ("model", "against"))
         metrics |= compared(f"score/{name}", ours, theirs)
+        metrics |= by_source(f"score/{name}", ours, theirs, origins)
     return metrics
 
 
@@ -182,6 +187,16 @@ def compared(name: str, ours: list[float], theirs: list[float], seed: int = 0) -
         f"{name}/win_rate_low": low,
         f"{name}/win_rate_high": high,
     }
+
+
+def by_source(name: str, ours: list[float], theirs: list[float], origins: Sequence[str]) -> dict[str, float]:
+    """Mean scores of both sides on the prompts of each source; nothing for a single source."""
+    found: dict[str, float] = {}
+    for source in sorted(set(origins)):
+        places = [place for place, origin in enumerate(origins) if origin == source]
+        found[f"{name}/{source}/model"] = sum(ours[place] for place in places) / len(places)
+        found[f"{name}/{source}/against"] = sum(theirs[place] for place in places) / len(places)
+    return found if len(set(origins)) > 1 else {}
 
 
 if __name__ == "__main__":

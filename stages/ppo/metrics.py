@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from pipeline.data.encode import Encoder
 from stages.ppo.experience import Experience
 
 
-def describe(batch: Experience, coef: float, *, critic: bool) -> dict[str, float]:
-    """Means over the sequences of all ranks."""
+def describe(batch: Experience, coef: float, *, critic: bool, origins: Sequence[str] = ()) -> dict[str, float]:
+    """Means over the sequences of all ranks. `origins` names the source of data that each one's prompt is of: where they are
+    several, each one's mean score is `objective/scores_on/<source>`."""
     kl = (batch.kl * batch.mask).sum(1)
     penalty = -coef * kl
     sources = batch.parts if len(batch.parts) > 1 else {}
@@ -19,6 +23,7 @@ def describe(batch: Experience, coef: float, *, critic: bool) -> dict[str, float
         "objective/entropy": float(-(batch.logprobs * batch.mask).sum(1).mean()),
         "objective/scores": float(batch.scores.mean()),
         **{f"objective/scores/{name}": float(part.mean()) for name, part in sources.items()},
+        **_scores_on(batch, origins),
         "objective/non_score_reward": float(penalty.mean()),
         "objective/rlhf_reward": float((batch.scores + penalty).mean()),
         "objective/length": float(batch.lengths.float().mean()),
@@ -27,6 +32,14 @@ def describe(batch: Experience, coef: float, *, critic: bool) -> dict[str, float
         "val/identical_responses": _identical(batch),
         **({"val/explained_variance": _explained(batch)} if critic else {}),
     }
+
+
+def _scores_on(batch: Experience, origins: Sequence[str]) -> dict[str, float]:
+    """The mean score of each source's sequences; nothing for a single source."""
+    names = sorted(set(origins))
+    chosen = {name: torch.tensor([origin == name for origin in origins], device=batch.scores.device) for name in names}
+    means = {f"objective/scores_on/{name}": float(batch.scores[rows].mean()) for name, rows in chosen.items()}
+    return means if len(means) > 1 else {}
 
 
 def _identical(batch: Experience) -> float:

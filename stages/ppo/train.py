@@ -111,8 +111,7 @@ class Loop:
 
     def collect(self, step: int, clock: Clock) -> Experience:
         """The rollout of `step`, judged: what the update learns from; the first of a process after the canary. Collective."""
-        block, count = self.block, self.block.rollout_batch // self.block.samples_per_prompt
-        prompts = self.prompts.take(step * count, count)
+        block, prompts = self.block, self.asked(step)
         rows = [prompt.row for prompt in self.share(prompts, block.samples_per_prompt)]
         with clock.phase("rollout"):
             rollout = self.sample(prompts, step, block.samples_per_prompt)
@@ -161,7 +160,13 @@ class Loop:
             self.fail(batch.tensors(), step, str(trouble))
         if self.ema is not None and step >= self.block.freezing_actor_steps:
             self.ema.update()
-        return {**describe(batch, coef, critic=self.update.critic), **stats}
+        origins = [prompt.source for prompt in self.asked(step) for _ in range(self.block.samples_per_prompt)]
+        return {**describe(batch, coef, critic=self.update.critic, origins=origins), **stats}
+
+    def asked(self, step: int) -> list[Prompt]:
+        """The prompts of a step, of all ranks."""
+        count = self.block.rollout_batch // self.block.samples_per_prompt
+        return self.prompts.take(step * count, count)
 
     def share(self, prompts: list[Prompt], samples: int) -> list[Prompt]:
         """The prompt of each of this rank's responses, when every prompt has `samples` of them."""
