@@ -48,8 +48,15 @@ class Encoder:
         """A hash of all that decides which ids a text gets."""
         tok = self.tokenizer
         backend = getattr(tok, "backend_tokenizer", None)
-        rules = backend.to_str() if backend else json.dumps(tok.get_vocab(), sort_keys=True)
-        parts = [type(tok).__name__, rules, str(tok.chat_template), str(tok.special_tokens_map)]
+        rules = json.loads(backend.to_str()) if backend else tok.get_vocab()
+        for call in ("padding", "truncation") if backend else ():  # left behind by the last call, whatever it was
+            rules.pop(call, None)
+        parts = [
+            type(tok).__name__,
+            json.dumps(rules, sort_keys=True),
+            str(tok.chat_template),
+            str(tok.special_tokens_map),
+        ]
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def text(self, ids: list[int]) -> str:
