@@ -34,7 +34,11 @@ def batch(scores: list[float]) -> Experience:
 
 def test_scores_on_each_source() -> None:
     found = describe(batch([1.0, 2.0, 6.0, -1.0]), 0.1, critic=False, origins=["a", "b", "b", "a"])
-    assert (found["objective/scores"], found["objective/scores_on/a"], found["objective/scores_on/b"]) == (2.0, 0.0, 4.0)
+    assert (found["objective/scores"], found["objective/scores_on/a"], found["objective/scores_on/b"]) == (
+        2.0,
+        0.0,
+        4.0,
+    )
 
 
 @pytest.mark.parametrize("origins", [[], ["a", "a"]])
