@@ -265,6 +265,7 @@ def test_prompts_know_their_source(make_recipe: Maker, tok: Any) -> None:
 
 @pytest.mark.usefixtures("two_files")
 def test_a_weight_and_no_row_left(tmp_path: Path, make_recipe: Maker, tok: Any) -> None:
-    (tmp_path / "more.jsonl").write_text('{"prompt": "a", "chosen": "", "rejected": "b"}\n' * 3, encoding="utf-8")
-    with pytest.raises(UserError, match=r"a weight for more.jsonl.*3 empty reply"):
+    row = json.dumps({"prompt": "a", "chosen": "word " * 90, "rejected": "b"})
+    (tmp_path / "more.jsonl").write_text(f"{row}\n" * 3, encoding="utf-8")
+    with pytest.raises(UserError, match=r"a weight for more.jsonl.*3 too long"):
         demonstrations(context(both(make_recipe, (1.0, 1.0))), tok, 64, "completion")
