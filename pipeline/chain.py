@@ -10,6 +10,8 @@ from typing import Any
 
 from pipeline import handoff
 from pipeline.config.recipe import DS_CONFIGS, Recipe, deepspeed_config, digest, functions, resolved, sources
+from pipeline.config.schema import Stage
+from pipeline.config.selection import Selection
 from pipeline.data.read import file_hash
 from pipeline.data.split import fingerprints
 from pipeline.errors import UserError
@@ -55,7 +57,16 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
         "parents": parents,
         "deepspeed": None if block.deepspeed.config in SHIPPED_CONFIGS else digest(deepspeed_config(recipe, stage)),
         "functions": {name: _source_hash(name) for name in functions(block)},
+        **_judge(recipe, block),
     }
+
+
+def _judge(recipe: Recipe, block: Stage) -> dict[str, Any]:
+    """The contents of a reward model that no stage made."""
+    judge = block.reward if isinstance(block, Selection) else None
+    if judge is None or judge.model is None:
+        return {}
+    return {"judge": handoff.model_hash(recipe.local(judge.model), judge.revision)}
 
 
 def _source_hash(function: str) -> str | None:

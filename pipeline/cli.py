@@ -16,7 +16,7 @@ from rich.table import Table
 from pipeline import chain, handoff, launch
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe, load
-from pipeline.config.schema import Classify
+from pipeline.config.schema import Classify, Frozen
 from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
 from pipeline.data import show as data_show
@@ -182,7 +182,7 @@ def plan(
         merged = sampling is not None and sampling.adapter == "auto"
         merged = merged and merged_copy_fits(loaded, stage, where.bytes, where.kind, configs)
         need = estimate(loaded, stage, configs, where.kind, merged=merged)
-        trained = "frozen" if block.kind == "evaluate" else block.adapter.method
+        trained = "frozen" if isinstance(block, Frozen) else block.adapter.method
         quantized = " on nf4" if block.base.quantization else ""
         console.print(
             f"[bold]{stage}[/bold] ({block.kind})  {block.base.model}  {trained}{quantized}  {block.deepspeed.config}  "

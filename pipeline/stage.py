@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline import chain, handoff
-from pipeline.config.kinds import KINDS
+from pipeline.config.kinds import DATA
 from pipeline.config.recipe import BASE, Recipe, load
 from pipeline.config.schema import Stage
 from pipeline.data.split import Counts
@@ -257,7 +257,7 @@ def execute(
                 handoff.recover(run_dir / name)
         record = json.loads(json.dumps(chain.inputs(recipe, stage, run_dir)))
         batons = {parent: handoff.open_baton(run_dir / parent) for parent in recipe.parents(stage)}
-        speaking = [batons[name] for name in batons if KINDS[recipe.stages[name].kind].model]
+        speaking = [batons[name] for name in batons if recipe.stages[name].kind not in DATA]
         for other in speaking[1:]:
             handoff.check_same_tokenizer(speaking[0], other)
         context = Context(recipe, stage, run_dir, rank, world_size, record, batons)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.architectures import HOLD_BIASES, PACK, PACK_ATTENTION, names
-from pipeline.config.kinds import estimators
+from pipeline.config.kinds import DATA, estimators
 from pipeline.config.methods import METHODS
-from pipeline.config.schema import Adapter, Ppo, Stage, reward_stages
+from pipeline.config.schema import Adapter, Frozen, Ppo, Stage, reward_stages
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -174,9 +174,9 @@ def prefixed(method: str) -> bool:
 def check_attention(recipe: Recipe, stage: str) -> None:
     """Raise UserError where an adapter with a prefix, this stage's own or one it reads, meets another attention than SDPA."""
     block = recipe.stages[stage]
-    parents = (recipe.stages[name].adapter for name in recipe.parents(stage))
-    read = [adapter.method for adapter in parents if adapter is not None]  # a data stage has none
-    methods = [*([] if block.kind == "evaluate" else [block.adapter.method]), *read]
+    speaking = [parent for name in recipe.parents(stage) if (parent := recipe.stages[name]).kind not in DATA]
+    read = [parent.adapter.method for parent in speaking]
+    methods = [*([] if isinstance(block, Frozen) else [block.adapter.method]), *read]
     found = next((method for method in methods if prefixed(method)), None)
     if found is not None and block.base.attn_implementation != "sdpa":
         raise UserError(

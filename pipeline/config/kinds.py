@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config.prepare import Prepare
 from pipeline.config.schema import Classify, Evaluate, Ppo, Reward, Sft, Stage
+from pipeline.config.selection import Selection
 
 POLICIES = frozenset({"sft", "ppo"})
 REWARDS = frozenset({"reward"})
@@ -19,7 +20,7 @@ DATA = frozenset({"prepare", "selection"})
 class Kind:
     """`inputs` maps a key of the stage's block to the kinds it may name; `base_ok` keys also accept the word `base`.
 
-    `sources` are the keys, dotted, that list data; a classify stage's data is its task's. `model`: whether the stage has a
+    Keys are dotted. `sources` are those that list data; a classify stage's data is its task's. `model`: whether the stage has a
     model at all.
     """
 
@@ -49,6 +50,17 @@ KINDS: dict[str, Kind] = {
         sources=("prompts",),
     ),
     "prepare": Kind(Prepare, "stages.prepare", {}, model=False),
+    "selection": Kind(
+        Selection,
+        "stages.selection",
+        {
+            "reward.stage": REWARDS,
+            "necessity.model": POLICIES,
+            "coverage.embedding": POLICIES,
+            "include": frozenset({"selection"}),
+        },
+        base_ok=frozenset({"necessity.model", "coverage.embedding"}),
+    ),
     "classify": Kind(Classify, "stages.classify", {"init": POLICIES}, base_ok=frozenset({"init"}), sources=()),
 }
 

@@ -26,6 +26,7 @@ from pipeline.config.ppo import check_ppo
 from pipeline.config.schema import (
     REWARD_KEYS,
     Classify,
+    Frozen,
     FunctionReward,
     Header,
     Ppo,
@@ -34,6 +35,7 @@ from pipeline.config.schema import (
     Supervised,
     reward_stages,
 )
+from pipeline.config.selection import Selection, check_selection
 from pipeline.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
@@ -96,14 +98,19 @@ class Recipe:
         return str(beside.resolve())
 
     def interval(self, stage: str, source: Source) -> tuple[float, float]:
-        """The part of [0, 1) of hashed prompts that `source` gives to `stage`, after the held-out part is taken."""
+        """The part of [0, 1) of hashed prompts that `source` gives to `stage`, after the held-out part is taken. A selection
+        that includes another one looks at the same rows as that."""
+        block = self.stages[stage]
+        if isinstance(block, Selection) and block.include is not None:
+            same = self.stages[block.include]
+            return self.interval(block.include, sources(same)[sources(block).index(source)])
         if stage in self.header.data.split:
             return self._part(stage)
         if source.share is None:
             return 0.0, 1.0
         start = 0.0
         for name, block in self.stages.items():
-            for other in sources(block):
+            for other in shared(block):
                 if other.name != source.name or other.share is None:
                     continue
                 if name == stage and other is source:
@@ -123,16 +130,26 @@ def sources(block: Stage, key: str | None = None) -> list[Source]:
     """The data that a block lists: all of it, or what is under `key` (dotted)."""
     found: list[Source] = []
     for name in KINDS[block.kind].sources if key is None else (key,):
-        value: Any = block
-        for part in name.split("."):
-            value = getattr(value, part, None)
-        found += value or []
+        found += _value(block, name) or []
     return found
+
+
+def shared(block: Stage) -> list[Source]:
+    """The data of which a block takes a share of its own."""
+    return [] if isinstance(block, Selection) and block.include is not None else sources(block)
+
+
+def _value(block: Stage, key: str) -> Any:
+    """What stands under a dotted key; None where there is nothing."""
+    value: Any = block
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def functions(block: Stage) -> list[str]:
     """The Python functions, `package.module:function`, that a block names."""
-    rewards = [*(getattr(block, "reward", None) or []), *(getattr(block, "gold", None) or [])]
+    rewards = [*(block.reward or []), *(block.gold or [])] if isinstance(block, Ppo) else []
     named = [source.function for source in rewards if isinstance(source, FunctionReward)]
     judge = getattr(block, "judge", None)
     return [*named, *([judge] if judge else [])]
@@ -142,7 +159,7 @@ def upstream(block: Stage) -> Iterator[tuple[str, str]]:
     """(key, stage name) for every upstream stage a block names; the name may be `base`."""
     kind = KINDS[block.kind]
     for key in kind.inputs:
-        value = getattr(block, key)
+        value = _value(block, key)
         for item in value if isinstance(value, list) else [value]:
             for name in [item] if isinstance(item, str) else reward_stages(item) if item is not None else []:
                 yield key, name
@@ -350,6 +367,8 @@ def _check(recipe: Recipe) -> None:
         check_mixture(recipe, stage)
         if isinstance(block, Ppo):
             check_ppo(recipe, stage, block)
+        if isinstance(block, Selection):
+            check_selection(recipe, stage, block)
         if getattr(block, "eval_every", None) and block.holdout == 0 and not isinstance(block, Classify):
             raise UserError(
                 recipe.where("stages", stage, "eval_every"),
@@ -360,12 +379,12 @@ def _check(recipe: Recipe) -> None:
         if not KINDS[block.kind].model:
             continue
         check_attention(recipe, stage)
-        if block.kind != "evaluate":
+        if not isinstance(block, Frozen):
             check_method(recipe, stage, deepspeed)
     _check_split(recipe)
     totals: dict[str, float] = {}
     for stage, block in recipe.stages.items():
-        for source in sources(block):
+        for source in shared(block):
             totals[source.name] = totals.get(source.name, 0.0) + (source.share or 0.0)
             if totals[source.name] > 1.0 + 1e-9:
                 raise UserError(

@@ -142,6 +142,10 @@ class DataStage(Stage):
     adapter: None = None  # type: ignore[assignment]
 
 
+class Frozen(Stage):
+    """A stage whose models do not train: each rank holds them whole, and the recipe's adapter is not its own."""
+
+
 class Training(Schedule):
     """What every training stage has."""
 
@@ -483,7 +487,7 @@ class Ppo(Stage, Training):
         return self
 
 
-class Evaluate(Stage):
+class Evaluate(Frozen):
     """Replies of `model` beside those of `against` on held-out prompts, scored by reward stages and by Python functions."""
 
     kind: Literal["evaluate"]

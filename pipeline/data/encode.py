@@ -98,6 +98,21 @@ def prompt(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any
     return {"ids": ids, "row": json.dumps(example.row, ensure_ascii=False, default=str)}
 
 
+def candidate(encoder: Encoder, example: Example, max_length: int, max_prompt: int | None) -> dict[str, Any]:
+    """A row to choose or not: `prompt_ids`, `reply_ids` with its EOS, and in JSON `said` (prompt and reply as they stand in the
+    data), `row` and `origin`. Raises Skip when the two are above `max_length` tokens, or when the prompt, which a model is to
+    answer unless `max_prompt` is None, is longer than that or empty."""
+    prompt, reply = encoder.prompt(example.prompt), encoder.reply(example.chosen or "")
+    if len(prompt) + len(reply) > max_length or (max_prompt is not None and len(prompt) > max_prompt):
+        raise Skip(TOO_LONG)
+    if max_prompt is not None and not prompt:
+        raise Skip("empty prompt")
+    texts = {"said": [example.prompt, example.chosen], "row": example.row, "origin": example.origin}
+    return {"prompt_ids": prompt, "reply_ids": reply} | {
+        name: json.dumps(value, default=str) for name, value in texts.items()
+    }
+
+
 class Classified:
     """Rows for a sequence classifier, put together when they are read: `input_ids` closed by EOS, where the head reads,
     `attention_mask` and `labels` (int for a class, float for regression).

@@ -105,6 +105,16 @@ def preferences(context: Context, tok: Any, max_length: int) -> Encoded:
     return load(context, encoder, lambda example: encode.preference(encoder, example, **settings), settings)
 
 
+def candidates(context: Context, tok: Any, max_length: int, max_prompt: int | None) -> Encoded:
+    """Rows to choose from, as `encode.candidate` makes them."""
+    encoder, settings = encode.Encoder(tok), {"max_length": max_length, "max_prompt": max_prompt}
+
+    def make(example: Example) -> Row:
+        return encode.candidate(encoder, example, max_length, max_prompt)
+
+    return load(context, encoder, make, settings)
+
+
 def prompts(context: Context, tok: Any, max_length: int) -> tuple[Prompts, Prompts, Counts]:
     """Prompts to train on, prompts held out, and where the rows went."""
     encoder, settings = encode.Encoder(tok), {"max_length": max_length}

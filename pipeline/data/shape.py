@@ -45,8 +45,8 @@ class Example:
     the prompt's go up to the reply, and a reply is usually one message of the assistant's.
 
     `margin` is how much better `chosen` is; `label` whether `chosen` is a good reply, where a row has one reply and says so;
-    `tools` what the conversation may call; `source` the path, as the recipe writes it, that the row came from, and `row`
-    its fields.
+    `tools` what the conversation may call; `source` the path, as the recipe writes it, that the row came from, `origin` the
+    number of that source in the stage's list, the file and the row's number in it, and `row` its fields.
     """
 
     prompt: Text
@@ -56,6 +56,7 @@ class Example:
     label: bool | None = None
     tools: list[Any] | None = None
     source: str = ""
+    origin: tuple[int, str, int] = (0, "", 0)
     row: dict[str, Any] = field(default_factory=dict, compare=False)
 
 

@@ -55,7 +55,7 @@ def position(prompt: str) -> float:
 def reader(kind: str, source: Source, key: str) -> Callable[[Row], Example]:
     if kind == "prepare":
         return _any_text
-    if kind == "sft" or key == "ptx.data":
+    if kind in ("sft", "selection") or key == "ptx.data":
         return lambda row: demonstration(row, source.take)
     return preference if kind == "reward" else prompt_only
 
@@ -80,7 +80,8 @@ def place(recipe: Recipe, stage: str, run_dir: Path, key: str | None = None) -> 
                 yield Placed(number, source, row, reason=row.reason, detail=row.detail, bad=True)
                 continue
             try:
-                example = replace(read(row), source=source.name, row=row.fields)
+                origin = (number, row.file, row.number)
+                example = replace(read(row), source=source.name, origin=origin, row=row.fields)
             except Skip as reason:
                 yield Placed(number, source, row, reason=str(reason), bad=reason.bad)
                 continue

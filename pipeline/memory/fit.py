@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import launch
 from pipeline.config.methods import METHODS
 from pipeline.config.recipe import Recipe, load
-from pipeline.config.schema import Evaluate, Ppo, Stage, Supervised
+from pipeline.config.schema import Frozen, Ppo, Stage, Supervised
 from pipeline.errors import UserError
 from pipeline.memory.phases import Kind, Need, estimate
 from pipeline.memory.zero import Engine
@@ -198,7 +198,7 @@ def _changes(recipe: Recipe, stage: str, where: Device) -> Iterator[Change]:
             yield "sampling.batch", [f"{own}.sampling.batch={size}"]
         if sampling.adapter == "merged":
             yield "sampling.adapter", [f"{own}.sampling.adapter=unmerged"]
-    if not isinstance(block, Evaluate):
+    if not isinstance(block, Frozen):
         level = Engine.of(recipe, stage, 4, 1, cpu=True).level
         for better in (2, 3):
             if level < better and block.deepspeed.ranks > 1:
@@ -210,7 +210,7 @@ def _changes(recipe: Recipe, stage: str, where: Device) -> Iterator[Change]:
         yield "quantization", ["base.quantization=nf4", *dtype]
     if block.adapter.is_full:
         yield "method", ["adapter.method=lora"]
-    if where.kind == "cuda" and not isinstance(block, Evaluate):
+    if where.kind == "cuda" and not isinstance(block, Frozen):
         for times in (2, 4, 8, 16):
             yield "ranks", [f"{own}.deepspeed.num_gpus={block.deepspeed.num_gpus * times}"]
     if sampling is not None:

@@ -15,6 +15,7 @@ from pipeline.config.methods import METHODS
 from pipeline.config.recipe import Recipe
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Evaluate, Ppo, Reward, Sampling, Sft, Stage, Supervised
+from pipeline.config.selection import Selection
 from pipeline.memory import adapters
 from pipeline.memory.roles import Role, roles, trunks
 from pipeline.memory.shape import Shape, read, shape
@@ -120,6 +121,13 @@ def estimate(
         phases["scoring"] = _scoring(base, block, block.sampling, block.micro_batch or 32, held, engine)
         return Need(held.parameters, 0, phases)
 
+    if isinstance(block, Selection):
+        read = Sampling(max_prompt_length=block.max_length, max_response_length=1)
+        if block.necessity is not None:
+            phases["rollout"] = _rollout(base, block, block.sampling, block.micro_batch, 1, held, engine)
+        phases["scoring"] = _scoring(base, block, read, block.micro_batch, held, engine)
+        return Need(held.parameters, 0, phases)
+
     groups, trained = held.groups, held.trained
     average = 4.0 * held.policy if engine.cpu and isinstance(block, Ppo) and block.ema_decay else 0.0
     phases["setting up"] = base.plus(optimizer=engine.setting_up(groups))
@@ -154,7 +162,9 @@ def _with_virtual_tokens(block: Stage) -> Stage:
     more = block.adapter.num_virtual_tokens
     if isinstance(block, Supervised):
         return block.model_copy(update={"max_length": block.max_length + more})
-    assert isinstance(block, Ppo | Evaluate)
+    if isinstance(block, Selection):
+        block = block.model_copy(update={"max_length": block.max_length + more})
+    assert isinstance(block, Ppo | Evaluate | Selection)
     longer = {"max_prompt_length": block.sampling.max_prompt_length + more}
     return block.model_copy(update={"sampling": block.sampling.model_copy(update=longer)})
 

@@ -10,6 +10,7 @@ from pipeline.config.kinds import estimators
 from pipeline.config.methods import METHODS
 from pipeline.config.recipe import BASE, Recipe
 from pipeline.config.schema import Adapter, Base, Classify, Evaluate, Ppo, Reward, Stage, reward_stages
+from pipeline.config.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
     if isinstance(block, Evaluate):
         sides = [_published(recipe, name, block.base, "policy") for name in (block.model, block.against)]
         return sides + [_published(recipe, name, block.base, "reward") for name in block.reward]
+    if isinstance(block, Selection):
+        return _selecting(recipe, block)
     full = block.adapter.is_full
     adapter = None if full else block.adapter
     start = _start(block)
@@ -95,6 +98,18 @@ def _critic(recipe: Recipe, stage: str, block: Ppo, policy: Role, rewards: list[
     if block.critic.kind == "model" or block.adapter.is_full:  # what trains whole is not quantised
         return replace(critic, adapter=None, quantization=None)
     return critic
+
+
+def _selecting(recipe: Recipe, block: Selection) -> list[Role]:
+    """The model that replies, the one whose states are read, and the reward model: of the chain, or from outside."""
+    speaking = [*([block.necessity.model] if block.necessity else []), block.coverage.embedding]
+    found = [_published(recipe, name, block.base, "policy") for name in dict.fromkeys(speaking)]
+    if block.reward is None:
+        return found
+    if block.reward.stage is not None:
+        return [*found, _published(recipe, block.reward.stage, block.base, "reward")]
+    model = str(block.reward.model)
+    return [*found, Role("reward", model, model, None, speaks=False, adapter=None, trained=False)]
 
 
 def _published(recipe: Recipe, name: str, base: Base, role: Literal["policy", "reward"]) -> Role:

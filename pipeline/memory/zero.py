@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.recipe import Recipe, deepspeed_config
-from pipeline.config.schema import Evaluate, Ppo
+from pipeline.config.schema import Frozen, Ppo
 
 ALLREDUCE_ELEMENTS = 500_000_000
 """Gradients that DeepSpeed flattens into one tensor to average them without ZeRO."""
@@ -36,7 +36,7 @@ class Engine:
     def of(cls, recipe: Recipe, stage: str, size: int, accumulation: int, *, cpu: bool) -> Engine:
         block = recipe.stages[stage]
         settings: dict[str, Any] = {}
-        if not isinstance(block, Evaluate):  # there each rank holds its models whole
+        if not isinstance(block, Frozen):  # there each rank holds its models whole
             settings = deepspeed_config(recipe, stage).get("zero_optimization", {})
         # On CPUs the offloaded states lie in the same memory.
         off = [settings.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")]

@@ -297,6 +297,12 @@ class Roles(nn.Module):
         hidden = self._hidden(role, tokens)
         return self._head(role, hidden[torch.arange(tokens.shape[0], device=tokens.device), lengths - 1])
 
+    def embeddings(self, role: str, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """The mean of each text's last hidden states, float32 [B, H]; layout as in `scores`."""
+        hidden = self._hidden(role, tokens).float()
+        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
+        return (hidden * inside.unsqueeze(2)).sum(1) / lengths.unsqueeze(1)
+
     def _hidden(self, role: str, tokens: Tensor) -> Tensor:
         self.use(role)
         return self._forward(role, tokens)

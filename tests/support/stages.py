@@ -12,6 +12,7 @@ PROGRAMS = {
     "reward": "stages.reward:reward",
     "ppo": "stages.ppo.__main__:ppo",
     "evaluate": "stages.evaluate.__main__:evaluate",
+    "selection": "stages.selection.__main__:selection",
     "classify": "stages.classify:classify",
 }
 

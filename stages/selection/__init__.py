@@ -1,0 +1,1 @@
+"""Choose the rows worth training on."""
