@@ -367,8 +367,6 @@ def _check(recipe: Recipe) -> None:
         check_mixture(recipe, stage)
         if isinstance(block, Ppo):
             check_ppo(recipe, stage, block)
-        if isinstance(block, Selection):
-            check_selection(recipe, stage, block)
         if getattr(block, "eval_every", None) and block.holdout == 0 and not isinstance(block, Classify):
             raise UserError(
                 recipe.where("stages", stage, "eval_every"),
@@ -394,6 +392,9 @@ def _check(recipe: Recipe) -> None:
                     fix="lower a share",
                 )
     recipe.order()
+    for stage, block in recipe.stages.items():
+        if isinstance(block, Selection):
+            check_selection(recipe, stage, block)
 
 
 def _check_split(recipe: Recipe) -> None:
@@ -406,7 +407,7 @@ def _check_split(recipe: Recipe) -> None:
                 expected="one of: " + ", ".join(recipe.stages),
                 fix=closest(stage, recipe.stages) or f'remove it, or add a stage called "{stage}"',
             )
-        if any(source.share is not None for source in sources(recipe.stages[stage])):
+        if any(source.share is not None for source in shared(recipe.stages[stage])):
             raise UserError(
                 where,
                 f"stage {stage} has a `share` of its own in a source",

@@ -49,6 +49,17 @@ def run(recipe: str, stage: str, run_dir: str, overrides: list[str] | None = Non
     return str(manifest["content_hash"])
 
 
+def stopped(recipe: str, stage: str, run_dir: str) -> bool:
+    """Whether the stage, run as above, saved and stopped before its end."""
+    from pipeline.stage import Stopped
+
+    try:
+        run(recipe, stage, run_dir)
+    except Stopped:
+        return True
+    return False
+
+
 def chain(recipe: str, run_dir: str, overrides: list[str] | None = None, until: str | None = None) -> dict[str, str]:
     """Run all stages of a recipe in order; content hash by stage."""
     from pipeline.config.recipe import load
