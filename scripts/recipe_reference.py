@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from pipeline.config import schema
+from pipeline.config import schema, selection
 from pipeline.config.kinds import KINDS
 from pipeline.config.methods import METHODS, Method
 from pipeline.config.prepare import STEPS
@@ -59,7 +59,13 @@ def kind(annotation: Any) -> str:
         if inspect.isclass(annotation) and not getattr(annotation, "__args__", ())
         else str(annotation)
     )
-    for old, new in (("typing.", ""), ("pipeline.config.schema.", ""), ("NoneType", "none"), ("Literal", "one of ")):
+    for old, new in (
+        ("typing.", ""),
+        ("pipeline.config.schema.", ""),
+        ("pipeline.config.selection.", ""),
+        ("NoneType", "none"),
+        ("Literal", "one of "),
+    ):
         text = text.replace(old, new)
     text = re.sub(r", (After|Before)Validator\(.*", "", text)
     text = text.split("Annotated[")[-1].split(", FieldInfo")[0] if "Annotated[" in text else text
@@ -99,6 +105,8 @@ def page() -> str:
     sources = ("StageReward", "FunctionReward", "HttpReward", "VerifyReward")
     for name in ("Sampling", "Critic", "Kl", *sources, "Overlong", "Ptx", "Signals"):
         parts.append(section(name, getattr(schema, name)))
+    for block in (selection.Scorer, selection.Quality, selection.Necessity, selection.Coverage):
+        parts.append(section(block.__name__, block))
     parts.append(estimators())
     return "\n".join(parts)
 

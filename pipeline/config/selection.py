@@ -66,8 +66,8 @@ class Selection(Frozen):
     """Chooses `budget` rows worth training on, by quality, necessity and coverage (MoDS: Du, Zong and Zhang 2023, arXiv
     2311.15653). The rows that the selection `include` chose are handed on too, and count.
 
-    `sampling` says how the model of `necessity` replies; `micro_batch` rows are read at a time; scores are saved every
-    `save_every` of them.
+    `sampling` says how the model of `necessity` replies; `micro_batch` rows are read at a time, and what was read is saved
+    after every `save_every` such batches of a rank.
     """
 
     kind: Literal["selection"]
