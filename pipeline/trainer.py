@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,15 @@ from transformers import (
 )
 
 from pipeline import checkpoint, engine
+from pipeline.adapters import lora_plus
 from pipeline.adapters.adalora import Allocation
 from pipeline.config.recipe import deepspeed_config
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Supervised
+from pipeline.data.split import Counts
 from pipeline.errors import UserError
+from pipeline.handoff import Baton
+from pipeline.model import begin
 from pipeline.stage import Context, Stopped
 from pipeline.tracking import Tracker
 
@@ -101,15 +106,52 @@ def arguments(context: Context, block: Supervised, steps: int) -> dict[str, Any]
     }
 
 
-def callbacks(
-    context: Context, block: Supervised, tracker: Tracker, allocation: Allocation | None = None
-) -> list[TrainerCallback]:
+@dataclass(frozen=True)
+class Ready:
+    """What a trainer starts from: the model with what is trained on it, the record of its base, the ZeRO stage, AdaLoRA's
+    allocation of ranks, and the checkpoint to resume."""
+
+    model: Any
+    base: dict[str, Any]
+    zero: int
+    allocation: Allocation | None
+    resume: Path | None
+
+    @property
+    def step(self) -> int:
+        return checkpoint.step_of(self.resume) if self.resume else 0
+
+
+def ready(
+    context: Context,
+    arguments: TrainingArguments,
+    parent: Baton | None,
+    tok: Any,
+    kind: Literal["causal", "classifier"],
+    longest: int,
+    labels: Sequence[str] = (),
+) -> Ready:
+    """The stage's model for a trainer with these `arguments`; `longest` is the tokens of its longest text."""
+    zero, steps = engine.zero_stage(arguments.deepspeed), arguments.max_steps
+    model, base = begin.model(
+        context, parent, tok, kind, sharded=zero == 3, steps=steps, longest=longest, labels=labels
+    )
+    allocation = Allocation(model) if context.block.adapter.method == "adalora" else None
+    engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
+    resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
+    return Ready(model, base, zero, allocation, resume)
+
+
+def hooks(context: Context, block: Supervised, start: Ready, tracker: Tracker) -> dict[str, Any]:
+    """Keyword arguments of a trainer: Relay's callbacks, and LoRA+'s optimizer where the recipe asks for one."""
     early = [EarlyStoppingCallback(block.early_stopping)] if block.early_stopping else []
-    return [Bridge(context, block.keep_checkpoints, tracker, allocation), *early]
+    bridge = Bridge(context, block.keep_checkpoints, tracker, start.allocation)
+    return {"callbacks": [bridge, *early], **lora_plus.for_trainer(start.model, block.adapter, block)}
 
 
-def train(context: Context, trainer: Any, resume: Path | None) -> None:
+def train(context: Context, trainer: Any, start: Ready) -> None:
     """Train to the end, from a checkpoint if there is one. Raises Stopped when asked to stop."""
+    resume = start.resume
     trainer.remove_callback(PrinterCallback)
     bridge = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Bridge))
     bridge.engine = lambda: trainer.model_wrapped
@@ -126,6 +168,14 @@ def train(context: Context, trainer: Any, resume: Path | None) -> None:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             bridge.allocation.load(Path(trainer.state.best_model_checkpoint))
         bridge.allocation.publish()
+
+
+def publish(
+    context: Context, start: Ready, write: Callable[[Path], None], metrics: dict[str, float], counts: Counts
+) -> None:
+    """Hand on what was trained, as `write` puts it into a folder."""
+    method = context.block.adapter.method
+    context.publish(write, base=start.base, method=method, metrics=metrics, counts=counts, zero_stage=start.zero)
 
 
 class Finished(Exception):

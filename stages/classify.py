@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from pipeline import checkpoint, engine, trainer
-from pipeline.adapters import adalora, lora_plus
+from pipeline import engine, trainer
 from pipeline.config.glue import TASKS, Task
 from pipeline.config.schema import Classify
 from pipeline.data import glue
@@ -46,34 +45,27 @@ def classify(context: Context) -> None:
     rows = encoded(context, data, tok, data.train[:kept])
 
     arguments = TrainingArguments(**trainer.arguments(context, block, steps))
-    zero = engine.zero_stage(arguments.deepspeed)
-    longest, sharded = max(part.longest for part in rows.values()), zero == 3
-    model, base = begin.model(
-        context, parent, tok, "classifier", sharded=sharded, steps=steps, longest=longest, labels=task.labels
-    )
-    allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
-    engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
-    resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
+    longest = max(part.longest for part in rows.values())
+    start = trainer.ready(context, arguments, parent, tok, "classifier", longest, task.labels)
 
-    with context.tracker(steps, checkpoint.step_of(resume) if resume else 0) as tracker:
+    with context.tracker(steps, start.step) as tracker:
         training = Trainer(
-            model=model,
+            model=start.model,
             args=arguments,
             train_dataset=rows["train"],
             eval_dataset=Classified(tok, first, block.max_length, classes=bool(task.labels)),
             processing_class=tok,
             data_collator=DataCollatorWithPadding(tok),
             compute_loss_func=batch_loss,
-            callbacks=trainer.callbacks(context, block, tracker, allocation),
-            **lora_plus.for_trainer(model, block.adapter, block),
+            **trainer.hooks(context, block, start, tracker),
         )
-        trainer.train(context, training, resume)
+        trainer.train(context, training, start)
         said = {name: training.predict(rows[name]).predictions.astype(np.float64) for name in data.validation}
         metrics = validation_metrics(task, data, said)
         tracker.log(steps, metrics)
 
-    write = with_predictions(begin.writer(training.model, tok, base), task, data, said)
-    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, counts=data.counts, zero_stage=zero)
+    write = with_predictions(begin.writer(training.model, tok, start.base), task, data, said)
+    trainer.publish(context, start, write, metrics, data.counts)
 
 
 def encoded(context: Context, data: glue.Data, tok: Any, train: list[glue.Item]) -> dict[str, Classified]:

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from pipeline import checkpoint, engine, trainer
-from pipeline.adapters import adalora, lora_plus
+from pipeline import engine, trainer
 from pipeline.config.schema import Reward
 from pipeline.data.encoded import preferences
 from pipeline.model import begin
@@ -40,25 +39,20 @@ def reward(context: Context) -> None:
         center_rewards_coefficient=block.center,
         **trainer.arguments(context, block, steps),
     )
-    zero = engine.zero_stage(arguments.deepspeed)
-    model, base = begin.model(context, parent, tok, "classifier", sharded=zero == 3, steps=steps, longest=data.longest)
-    allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
-    engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
-    resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
+    start = trainer.ready(context, arguments, parent, tok, "classifier", data.longest)
 
-    with context.tracker(steps, checkpoint.step_of(resume) if resume else 0) as tracker:
+    with context.tracker(steps, start.step) as tracker:
         training = RewardTrainer(
-            model=model,
+            model=start.model,
             args=arguments,
             train_dataset=data.train.select(range(kept)),
             eval_dataset=data.held_out.select(range(min(len(data.held_out), block.eval_rows)))
             if data.held_out
             else None,
             processing_class=tok,
-            callbacks=trainer.callbacks(context, block, tracker, allocation),
-            **lora_plus.for_trainer(model, block.adapter, block),
+            **trainer.hooks(context, block, start, tracker),
         )
-        trainer.train(context, training, resume)
+        trainer.train(context, training, start)
         metrics = held_out_metrics(
             training.model,
             data.held_out,
@@ -68,8 +62,8 @@ def reward(context: Context) -> None:
         )
         tracker.log(steps, metrics)
 
-    write = begin.writer(training.model, tok, base)
-    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, counts=data.counts, zero_stage=zero)
+    write = begin.writer(training.model, tok, start.base)
+    trainer.publish(context, start, write, metrics, data.counts)
 
 
 @torch.no_grad()

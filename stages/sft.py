@@ -13,8 +13,7 @@ from typing import Any, cast
 
 from trl import SFTConfig, SFTTrainer
 
-from pipeline import checkpoint, engine, trainer
-from pipeline.adapters import adalora, lora_plus
+from pipeline import engine, trainer
 from pipeline.config.fitting import check_packing
 from pipeline.config.schema import Sft
 from pipeline.data import packed
@@ -37,28 +36,23 @@ def sft(context: Context) -> None:
 
     steps, kept = trainer.whole_batches(context, block, len(rows), len(held_out))
     arguments = SFTConfig(max_length=None, **trainer.arguments(context, block, steps))
-    zero = engine.zero_stage(arguments.deepspeed)
-    model, base = begin.model(context, parent, tok, "causal", sharded=zero == 3, steps=steps, longest=data.longest)
+    start = trainer.ready(context, arguments, parent, tok, "causal", data.longest)
     if block.packing:
-        check_packing(context.recipe, context.stage, model.config.get_text_config().model_type)
-    allocation = adalora.Allocation(model) if block.adapter.method == "adalora" else None
-    engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
-    resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
+        check_packing(context.recipe, context.stage, start.model.config.get_text_config().model_type)
 
-    with context.tracker(steps, checkpoint.step_of(resume) if resume else 0) as tracker:
+    with context.tracker(steps, start.step) as tracker:
         training = (PackedTrainer if block.packing else SFTTrainer)(
-            model=model,
+            model=start.model,
             args=arguments,
             train_dataset=rows.select(range(kept)),
             eval_dataset=held_out if len(held_out) else None,
             data_collator=packed.Collator(tok.pad_token_id) if block.packing else None,
             processing_class=tok,
-            callbacks=trainer.callbacks(context, block, tracker, allocation),
-            **lora_plus.for_trainer(model, block.adapter, block),
+            **trainer.hooks(context, block, start, tracker),
         )
         by_source = BySource(training, held_out, data.held_out_by_source(len(held_out)), tracker)
         training.add_callback(by_source)
-        trainer.train(context, training, resume)
+        trainer.train(context, training, start)
         metrics = {}
         if len(held_out):
             loss = training.evaluate()["eval_loss"]
@@ -66,8 +60,8 @@ def sft(context: Context) -> None:
             tracker.log(steps, metrics)
             metrics |= by_source.metrics
 
-    write = begin.writer(training.model, tok, base)
-    context.publish(write, base=base, method=block.adapter.method, metrics=metrics, counts=data.counts, zero_stage=zero)
+    write = begin.writer(training.model, tok, start.base)
+    trainer.publish(context, start, write, metrics, data.counts)
 
 
 class PackedTrainer(SFTTrainer):
