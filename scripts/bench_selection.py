@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import time
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -43,22 +44,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    kinds = {seed: write_data(arguments.runs, seed) for seed in arguments.seeds}
-    chains = recipe(arguments.runs, arguments.seeds, len(kinds[arguments.seeds[0]]))
+    made = {seed: write_data(arguments.runs, seed) for seed in arguments.seeds}
+    chains = recipe(arguments.runs, arguments.seeds, len(made[arguments.seeds[0]].kinds))
     path = arguments.runs / "recipe.yaml"
     path.write_text(yaml.safe_dump(chains, sort_keys=False), encoding="utf-8")
     began = time.monotonic()
     run(path, arguments.runs / "run")
     seconds = time.monotonic() - began
-    arguments.out.write_text(page(arguments.runs / "run", arguments.seeds, kinds, seconds), encoding="utf-8")
+    arguments.out.write_text(page(arguments.runs / "run", arguments.seeds, made, seconds), encoding="utf-8")
     print(arguments.out.read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------- data
 
 
-def write_data(folder: Path, seed: int) -> list[str]:
-    """The noisy training rows, a random tenth of them, and the clean rows that are held out. What each noisy row is."""
+@dataclass(frozen=True)
+class Made:
+    """What was done to each training row, or `clean`, and the numbers of the rows of the random tenth."""
+
+    kinds: list[str]
+    chance: list[int]
+
+
+def write_data(folder: Path, seed: int) -> Made:
+    """Write the noisy training rows, a random tenth of them, and the clean rows that are held out."""
     rows = [json.loads(line) for line in (QUICKSTART / "demonstrations.jsonl").open(encoding="utf-8")]
     train = [row for row in rows if position(row["prompt"]) >= HOLDOUT]
     rng = Random(f"noise:{seed}")
@@ -68,9 +77,10 @@ def write_data(folder: Path, seed: int) -> list[str]:
         noisy.append(NOISE[kind](rng, row, train) if kind in NOISE else row)
         kinds.append(kind)
     write(folder / f"noisy{seed}.jsonl", noisy)
-    write(folder / f"random{seed}.jsonl", [noisy[n] for n in sorted(rng.sample(range(len(noisy)), len(noisy) // 10))])
+    chance = sorted(rng.sample(range(len(noisy)), len(noisy) // 10))
+    write(folder / f"random{seed}.jsonl", [noisy[number] for number in chance])
     write(folder / "held_out.jsonl", [row for row in rows if position(row["prompt"]) < HOLDOUT])
-    return kinds
+    return Made(kinds, chance)
 
 
 def write(path: Path, rows: list[Row]) -> None:
@@ -186,10 +196,10 @@ def program(kind: str) -> Any:
 # ---------------------------------------------------------------- page
 
 
-def page(run: Path, seeds: list[int], kinds: dict[int, list[str]], seconds: float) -> str:
+def page(run: Path, seeds: list[int], made: dict[int, Made], seconds: float) -> str:
     """What is in the sets, what the trainings on them reach, and how far they are apart prompt by prompt."""
     versions = ", ".join(f"{lib} {version(lib)}" for lib in ("torch", "transformers", "peft", "deepspeed"))
-    rows = len(kinds[seeds[0]])
+    rows = len(made[seeds[0]].kinds)
     lines = [
         "# Selection on a noisy set",
         "",
@@ -202,14 +212,16 @@ def page(run: Path, seeds: list[int], kinds: dict[int, list[str]], seconds: floa
         f"half of it as the seed set; quality keeps {KEEP:.0%}, necessity half of that; one reward model, from the shipped",
         "comparisons. Random: a tenth by chance. Full: all rows. LoRA fine-tuning of the quickstart's base, "
         f"{EPOCHS} epochs each. Loss is",
-        "that of the clean held-out demonstrations, the rule's score (0 to 3) that of sampled replies to held-out prompts.",
+        "that of the clean held-out demonstrations, the rule's score (0 to 3) that of sampled replies to held-out prompts. The",
+        "reward model knows the rule well: what it selects is cleaner, and the better part of what is clean. A copy counts as",
+        "spoilt, though the first of its kind does no harm.",
         "",
         "| set | seed | rows | unspoilt | vivid words a reply | held-out loss | rule's score |",
         "|---|---|---|---|---|---|---|",
     ]
     for seed in seeds:
         for name in SETS:
-            lines.append(f"| {name} | {seed} | " + " | ".join(measured(run, name, seed, kinds[seed])) + " |")
+            lines.append(f"| {name} | {seed} | " + " | ".join(measured(run, name, seed, made[seed])) + " |")
     lines += [
         "",
         "| selected less | seed | held-out loss | rule's score, prompt by prompt (95 % interval) |",
@@ -222,7 +234,7 @@ def page(run: Path, seeds: list[int], kinds: dict[int, list[str]], seconds: floa
     return "\n".join(lines) + "\n"
 
 
-def measured(run: Path, name: str, seed: int, kinds: list[str]) -> list[str]:
+def measured(run: Path, name: str, seed: int, made: Made) -> list[str]:
     """Rows, share of unspoilt ones, vivid words, loss, score."""
     noisy = read(run.parent / f"noisy{seed}.jsonl")
     numbers = list(range(len(noisy)))
@@ -230,11 +242,9 @@ def measured(run: Path, name: str, seed: int, kinds: list[str]) -> list[str]:
         scores = parquet.read_table(run / f"select{seed}" / "output" / "scores.parquet").to_pylist()
         numbers = [row["row"] - 1 for row in scores if row["verdict"].startswith("chosen")]
     if name == "random":
-        chance = [json.dumps(row) for row in read(run.parent / f"random{seed}.jsonl")]
-        lines = [json.dumps(row) for row in noisy]
-        numbers = [lines.index(line) for line in chance]
+        numbers = made.chance
     vivid = sum(word.strip(".,") in VIVID for n in numbers for word in noisy[n]["completion"].split(" ")) / len(numbers)
-    clean = sum(kinds[number] == "clean" for number in numbers) / len(numbers)
+    clean = sum(made.kinds[number] == "clean" for number in numbers) / len(numbers)
     other = "random" if name == "selected" else name
     side = "model" if name == "selected" else "against"
     score = handoff.open_baton(run / f"{other}{seed}").manifest["metrics"][f"judge/{side}"]
