@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.block import Block, Dtype, Positive
+from pipeline.config.block import Block, Dtype, Positive, misplaced
 from pipeline.config.schema import Frozen, Sampling, Source
 from pipeline.errors import UserError
 
@@ -91,6 +91,8 @@ class Selection(Frozen):
                 if self.reward is None
                 else "nothing uses the scores of `reward`: give `quality`, `necessity` or both"
             )
+        if any(source.weight is not None for source in self.data):
+            raise misplaced("data", "a selection looks at every row once, found weight", [])
         if self.sampling.engine == "deepspeed":
             raise ValueError("the engine deepspeed samples tokens that depend on the ranks; use static or hf")
         return self

@@ -102,7 +102,8 @@ def resumed(context: Context) -> int:
 
 def tokens_of(rows: Dataset) -> np.ndarray:
     """Tokens of each row's prompt and reply, int64 [rows]."""
-    counts: Any = [compute.list_value_length(rows.data.column(name)) for name in ("prompt_ids", "reply_ids")]
+    columns: Any = rows.with_format("arrow")[:]
+    counts = [compute.list_value_length(columns[name]) for name in ("prompt_ids", "reply_ids")]
     return np.asarray(counts[0].to_numpy() + counts[1].to_numpy(), dtype=np.int64)
 
 

@@ -88,6 +88,7 @@ def test_parts_of_a_split(tmp_path: Path) -> None:
         ({"stages.select.max_length": 64}, "stages.select.max_length", ["copy it from seed"]),
         ({"stages.select.data": [{"path": "other.jsonl"}]}, "stages.select.data", ["the same rows", "copy it"]),
         ({"stages.seed.data": [{"path": "r", "limit": 9}]}, "stages.seed.budget", ["10 rows of at most 9"]),
+        ({"stages.seed.data": [{"path": "r", "weight": 1}]}, "stages.seed.data", ["every row once"]),
         ({"stages.select.sampling": {"engine": "deepspeed"}}, "stages.select", ["depend on the ranks"]),
         ({"data.split": {"select": 1}}, "data.split.select", ["remove it"]),
         ({"stages.reward.data": [{"path": "rows.jsonl", "share": 0.8}]}, "stages.seed", ["add up to 1.1"]),
