@@ -495,7 +495,7 @@ def columns(tokens: int) -> int:
 
 
 def test_adalora_holds_two_means_for_every_weight(tmp_path: Path) -> None:
-    adalora = need(tmp_path, "sft", QWEN, adapter={"method": "adalora", "init_r": 16, "target_r": 8})
+    adalora = need(tmp_path, "sft", QWEN, adapter={"method": "adalora", "init_r": 16, "target_r": 8}, ppo={"steps": 9})
     assert adalora.trained == QWEN_LORA + 24 * 7 * 16
     lora = need(tmp_path, "sft", QWEN, adapter={"method": "lora", "r": 16})
     extra = adalora.phases["backward"].optimizer - lora.phases["backward"].optimizer
