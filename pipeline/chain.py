@@ -12,6 +12,7 @@ from pipeline import handoff
 from pipeline.config.recipe import DS_CONFIGS, Recipe, deepspeed_config, digest, functions, resolved, sources
 from pipeline.config.schema import Stage
 from pipeline.config.selection import Selection
+from pipeline.config.tokens import template_file
 from pipeline.data.read import file_hash
 from pipeline.data.split import fingerprints
 from pipeline.errors import UserError
@@ -58,6 +59,7 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
         "deepspeed": None if block.deepspeed.config in SHIPPED_CONFIGS else digest(deepspeed_config(recipe, stage)),
         "functions": {name: _source_hash(name) for name in functions(block)},
         **_judge(recipe, block),
+        **({"chat_template": file_hash(template)} if (template := template_file(recipe, stage)) else {}),
     }
 
 

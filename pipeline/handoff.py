@@ -219,10 +219,10 @@ def open_baton(stage_dir: Path) -> Baton:
 
 
 def check_same_tokenizer(first: Baton, second: Baton) -> None:
-    """Refuse two stages whose tokenizers differ: token ids of one would mean something else to the other."""
+    """Refuse two stages whose tokenizers or chat templates differ: what one learned would look otherwise to the other."""
     names = [
         name
-        for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "chat_template.jinja")
         if name in first.manifest["files"] or name in second.manifest["files"]
     ]
     for name in names:
@@ -232,7 +232,7 @@ def check_same_tokenizer(first: Baton, second: Baton) -> None:
                 f"tokenizer of {first.manifest['stage']} and {second.manifest['stage']}",
                 f"{name} differs: {str(ours)[:16]}… and {str(theirs)[:16]}…",
                 expected="one tokenizer through the chain",
-                fix="train both stages from bases with the same tokenizer",
+                fix="train both stages from bases with the same tokenizer, `chat_template` and `add_tokens`",
             )
 
 

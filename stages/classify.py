@@ -25,7 +25,6 @@ from pipeline.config.schema import Classify
 from pipeline.data import glue
 from pipeline.data.encode import Classified
 from pipeline.model import begin
-from pipeline.model.load import tokenizer
 from pipeline.scoring.glue import predictions, score
 from pipeline.stage import Context, main
 
@@ -38,7 +37,7 @@ def classify(context: Context) -> None:
     engine.start(block.seed)
 
     task = TASKS[block.task]
-    tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
+    tok = begin.tokenizer(context, parent)
     data = glue.load(context.recipe, context.stage)
     first = next(iter(data.validation.values()))[: block.eval_rows]
     steps, kept = trainer.whole_batches(context, block, len(data.train), len(first))

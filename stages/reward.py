@@ -20,7 +20,6 @@ from pipeline import engine, trainer
 from pipeline.config.schema import Reward
 from pipeline.data.encoded import preferences
 from pipeline.model import begin
-from pipeline.model.load import tokenizer
 from pipeline.stage import Context, main
 
 
@@ -29,7 +28,7 @@ def reward(context: Context) -> None:
     block, parent = cast(Reward, context.block), context.parent("init")
     engine.start(block.seed)
 
-    tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
+    tok = begin.tokenizer(context, parent)
     data = preferences(context, tok, block.max_length)
 
     steps, kept = trainer.whole_batches(context, block, len(data.train), len(data.held_out))

@@ -19,7 +19,6 @@ from pipeline.config.schema import Sft
 from pipeline.data import packed
 from pipeline.data.encoded import demonstrations
 from pipeline.model import begin
-from pipeline.model.load import tokenizer
 from pipeline.stage import Context, main
 from stages.by_source import BySource, perplexity
 
@@ -29,7 +28,7 @@ def sft(context: Context) -> None:
     block, parent = cast(Sft, context.block), context.parent("init")
     engine.start(block.seed)
 
-    tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
+    tok = begin.tokenizer(context, parent)
     data = demonstrations(context, tok, block.max_length, block.loss_on)
     rows = packed.packed(context, data, block.max_length) if block.packing else data.train
     held_out = data.held_out.select(range(min(len(data.held_out), block.eval_rows)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from safetensors import safe_open
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.adapters import adalora, pissa
+from pipeline.adapters import adalora, new_rows, pissa
 from pipeline.adapters.bitfit import BitFitConfig
 from pipeline.adapters.hybrid import HybridConfig
 from pipeline.adapters.reft import ReftConfig
@@ -41,14 +42,15 @@ Names = dict[str, tuple[str, ...]]
 
 def targets(model: Any, wanted: str | list[str]) -> list[str]:
     """Names of the linear layers to adapt, sorted; `all-linear` is all of them but the output heads."""
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    inside = tuple(f"{name}." for name in adapted)
+    tuned = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = tuple(f"{name}." for name in tuned)
+    adapted = {name for name, module in tuned.items() if not isinstance(module, TrainableTokensLayer)}
     plain = {
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and not name.startswith(inside)
     }
-    linear = {name.rpartition(".")[2] for name in plain | adapted.keys()} - set(HEADS)
+    linear = {name.rpartition(".")[2] for name in plain | adapted} - set(HEADS)
     if wanted == "all-linear":
         return sorted(linear)
     unknown = sorted(set(wanted) - linear)
@@ -61,11 +63,11 @@ def targets(model: Any, wanted: str | list[str]) -> list[str]:
     return sorted(wanted)
 
 
-def config(adapter: Adapter, model: Any, task: str, steps: int | None = None) -> PeftConfig:
+def config(adapter: Adapter, model: Any, task: str, steps: int | None = None, tokens: Sequence[int] = ()) -> PeftConfig:
     """PEFT's configuration of a fresh adapter for the transformers model `model`.
 
     `task` is CAUSAL_LM or SEQ_CLS; the latter keeps the score head with the adapter. `steps` are the optimizer steps it will
-    train for, which AdaLoRA's schedule needs.
+    train for, which AdaLoRA's schedule needs. `tokens` are those whose embeddings train beside it.
     """
     family = model.config.get_text_config().model_type
     check_modules(adapter, family, "adapter.modules")
@@ -81,6 +83,8 @@ def config(adapter: Adapter, model: Any, task: str, steps: int | None = None) ->
         built = _BUILDERS[METHODS[adapter.method].peft](adapter, model, where)
     built.task_type = task
     built.modules_to_save = ["score"] if task == "SEQ_CLS" else None
+    if tokens:
+        built.trainable_token_indices = new_rows.indices(model, tokens)
     return built
 
 
@@ -194,9 +198,16 @@ def _transposed(model: Any) -> bool:
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def attach(model: Any, adapter: Adapter, task: str, name: str = "default", steps: int | None = None) -> Any:
+def attach(
+    model: Any,
+    adapter: Adapter,
+    task: str,
+    name: str = "default",
+    steps: int | None = None,
+    tokens: Sequence[int] = (),
+) -> Any:
     """`model` with a fresh adapter `name`, in the base's dtype: DeepSpeed holds float32 master weights of what trains."""
-    built = config(adapter, model, task, steps)
+    built = config(adapter, model, task, steps, tokens)
     wrapped = add(model, built, name)
     if adapter.method == "pissa":
         pissa.remember(wrapped, name)
@@ -205,19 +216,26 @@ def attach(model: Any, adapter: Adapter, task: str, name: str = "default", steps
 
 def add(model: Any, config: PeftConfig, name: str) -> Any:
     """`model`, plain or with adapters already, with one more fresh adapter in the base's dtype."""
+    with new_rows.readable():
+        model = _added(model, config, name)
+    new_rows.refine(model)
+    return _in_base_dtype(model, name)
+
+
+def _added(model: Any, config: PeftConfig, name: str) -> PeftModel:
     if not isinstance(model, PeftModel):
-        return _in_base_dtype(get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False), name)
+        return get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
     kept = {key: dict(getattr(model.base_model, key, {}).items()) for key in ("vera_A", "vera_B")}
     model.add_adapter(name, config, autocast_adapter_dtype=False)
     for key, factors in kept.items():  # PEFT forgets those of the adapters before
         for other, value in factors.items():
             getattr(model.base_model, key)[other] = value
-    return _in_base_dtype(model, name)
+    return model
 
 
 def _in_base_dtype(model: PeftModel, name: str) -> PeftModel:
     """PEFT takes an adapter's dtype from the layer it is on, and float32 where that holds packed bytes."""
-    dtype = model.get_base_model().get_input_embeddings().weight.dtype
+    dtype = new_rows.plain(model.get_base_model().get_input_embeddings()).weight.dtype
     for parameter in trained(model, name):
         parameter.data = parameter.data.to(dtype)
     return model
@@ -313,7 +331,8 @@ def put(model: PeftModel, name: str, weights: dict[str, torch.Tensor]) -> None:
         if isinstance(module, AuxiliaryTrainingWrapper)
         for saved, loaded in module.adapter_state_dict_load_map(name).items()
     }
-    result = set_peft_model_state_dict(model, {**heads, **weights}, adapter_name=name)
+    known = {**heads, **new_rows.fitting(model, weights)}
+    result = set_peft_model_state_dict(model, known, adapter_name=name)
     # Buffers are derived (OFT's indices) or there once for all layers (VeRA's factors).
     derived = {key for key, _ in model.named_buffers(remove_duplicate=False)}
     missing = [
@@ -345,12 +364,14 @@ def write(model: PeftModel, name: str, state: dict[str, torch.Tensor], folder: P
     save_file({key: value.contiguous() for key, value in sorted(weights.items())}, folder / WEIGHTS, {"format": "pt"})
     plain = json.loads(json.dumps(found, default=_jsonable))
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if plain["peft_type"] in OWN:
-        (folder / "README.md").write_text(_README, encoding="utf-8")
+    readme = (_README if plain["peft_type"] in OWN else "") + (
+        _ROWS if new_rows.tokens_of(model.peft_config[name]) else ""
+    )
+    if readme:
+        (folder / "README.md").write_text("# How to open this adapter\n" + readme, encoding="utf-8")
 
 
-_README = """# How to open this adapter
-
+_README = """
 PEFT does not have its method; Relay (`pip install relay-rlhf`) adds it:
 
 ```python
@@ -358,6 +379,17 @@ import pipeline.adapters  # registers the method with PEFT
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base, "this folder")  # base: see base_model_name_or_path in adapter_config.json
+```
+"""
+
+_ROWS = """
+It holds the embeddings of tokens that were added to the tokenizer. The base must have rows for them before PEFT opens it:
+
+```python
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+if base.get_input_embeddings().num_embeddings < len(tokenizer):
+    base.resize_token_embeddings(len(tokenizer))
+model = PeftModel.from_pretrained(base, "this folder")
 ```
 """
 

@@ -40,6 +40,7 @@ class Method:
     - conv1d: works on GPT-2's layers, which are transposed
     - shared: several roles can have such an adapter on one copy of the base
     - continued: the next stage can go on training a copy of the adapter
+    - rows: rows of the embeddings for tokens that the recipe adds train beside it
     - prefixed: virtual tokens stand before the text and take part of the model's context
     - packs: several rows can be packed into one sequence
 
@@ -63,6 +64,7 @@ class Method:
     conv1d: bool = True
     shared: bool = True
     continued: bool = True
+    rows: bool = False
     prefixed: bool = False
     packs: bool = True
     instead: str = "lora"
@@ -79,6 +81,7 @@ METHODS: dict[str, Method] = {
         four_bit=False,
         why="packed weights do not train",
         instead="qlora",
+        rows=True,
     ),
     "lora": Method(
         "Hu et al. 2021, arXiv 2106.09685",
@@ -89,6 +92,7 @@ METHODS: dict[str, Method] = {
         LORA,
         additive=True,
         mixed=True,
+        rows=True,
     ),
     "qlora": Method(
         "Dettmers et al. 2023, arXiv 2305.14314",
@@ -99,6 +103,7 @@ METHODS: dict[str, Method] = {
         LORA,
         additive=True,
         mixed=True,
+        rows=True,
     ),
     "rslora": Method(
         "Kalajdzievski 2023, arXiv 2312.03732",
@@ -109,6 +114,7 @@ METHODS: dict[str, Method] = {
         LORA,
         additive=True,
         mixed=True,
+        rows=True,
     ),
     "dora": Method(
         "Liu et al. 2024, arXiv 2402.09353",
@@ -119,6 +125,7 @@ METHODS: dict[str, Method] = {
         LORA,
         four_bit_zero3=False,
         why="it reads the packed weights itself, which ZeRO-3 does not expect",
+        rows=True,
     ),
     "pissa": Method(
         "Meng et al. 2024, arXiv 2404.02948",
@@ -131,6 +138,7 @@ METHODS: dict[str, Method] = {
         shared=False,
         continued=False,
         why="it takes components out of the base's weights",
+        rows=True,
     ),
     "adalora": Method(
         "Zhang et al. 2023, arXiv 2303.10512",

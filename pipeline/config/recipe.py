@@ -36,6 +36,7 @@ from pipeline.config.schema import (
     reward_stages,
 )
 from pipeline.config.selection import Selection, check_selection
+from pipeline.config.tokens import check_tokens
 from pipeline.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
@@ -365,6 +366,7 @@ def _check(recipe: Recipe) -> None:
         _check_upstream(recipe, stage, block)
         _check_batches(recipe, stage, block)
         check_mixture(recipe, stage)
+        check_tokens(recipe, stage)
         if isinstance(block, Ppo):
             check_ppo(recipe, stage, block)
         if getattr(block, "eval_every", None) and block.holdout == 0 and not isinstance(block, Classify):

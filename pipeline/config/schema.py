@@ -17,7 +17,12 @@ from pipeline.config.glue import task_name
 
 
 class Base(Block):
-    """The base language model: a hub id or a folder (relative to the recipe file), and how its weights are held."""
+    """The base language model: a hub id or a folder (relative to the recipe file), and how its weights are held.
+
+    `chat_template` is `plain` (HH-RLHF's text), `chatml`, or a `.jinja` file; null is the tokenizer's own, else `plain`.
+    `add_tokens` are special tokens that the tokenizer gets where it lacks them, beside those that the template needs; of the
+    embeddings only their rows train, together with the adapter. See docs/chat_templates.md.
+    """
 
     model: str
     revision: str | None = None
@@ -25,6 +30,8 @@ class Base(Block):
     quantization: Literal["nf4"] | None = None
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
+    chat_template: str | None = None
+    add_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _nf4_needs_bf16(self) -> Base:
@@ -187,15 +194,19 @@ class Supervised(Stage, Training):
         return self
 
 
+LossOn = Literal["completion", "assistant", "all"]
+
+
 class Sft(Supervised):
-    """Supervised fine-tuning: next-token cross-entropy on the completion (or on all tokens when `loss_on: all`).
+    """Supervised fine-tuning: next-token cross-entropy on the completion, on every turn of the assistant's when
+    `loss_on: assistant`, or on all tokens when `loss_on: all`.
 
     `packing` puts several rows into one sequence of up to `max_length` tokens, each blind to the others. `batch`, `steps`,
     `epochs` and `save_every` then count such sequences.
     """
 
     kind: Literal["sft"]
-    loss_on: Literal["completion", "all"] = "completion"
+    loss_on: LossOn = "completion"
     packing: bool = False
 
 
@@ -389,7 +400,7 @@ class Ptx(Block):
     final_coef: NonNegative | None = None
     batch: Positive = 32
     max_length: Positive = 512
-    loss_on: Literal["completion", "all"] = "completion"
+    loss_on: LossOn = "completion"
 
 
 SignalName = Literal[

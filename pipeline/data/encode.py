@@ -5,43 +5,69 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
+from pipeline.data import templates
 from pipeline.data.glue import Item
-from pipeline.data.shape import Example, Skip, Text
-from pipeline.errors import UserError
+from pipeline.data.shape import Example, Message, Skip, Text, transcript
+from pipeline.data.templates import marked
 
 TOO_LONG = "too long"
+REWRITTEN = "the chat template rewrites what stands before a reply"
+ENDLESS = "a turn of the assistant's ends with no token that generation stops on"
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes with one tokenizer. Prompt and reply are tokenised apart, so that a prompt has the same ids in training, in
-    scoring and in a rollout, whatever follows it."""
+    """Encodes with one tokenizer. A prompt has the same ids in training, in scoring and in a rollout, whatever follows it.
+
+    Text stays text: a reply is tokenised apart from its prompt and closed by EOS. Messages go through the chat template, and
+    so do HH-RLHF's transcripts where the tokenizer's template is not the default, which writes the same words. A reply ends
+    at the token that ends the assistant's turn, without what the template writes after it.
+    """
 
     tokenizer: Any
 
-    def prompt(self, text: Text) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's own opening tokens and without a closing EOS."""
-        if isinstance(text, str):
-            ids = list(self.tokenizer(text)["input_ids"])
-            if not ids and self.tokenizer.bos_token_id is not None:
-                return [self.tokenizer.bos_token_id]
-            return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                "tokenizer",
-                "the data holds messages and the tokenizer has no chat template",
-                expected="a chat template, or prompts as plain text",
-                fix="use the chat model's tokenizer",
-            )
-        ids = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return list(ids)
+    def prompt(self, text: Text, tools: list[Any] | None = None) -> list[int]:
+        """Token ids of a prompt, with its opening tokens and without a closing EOS."""
+        turns = self._turns(text)
+        if turns is not None:
+            return self._ids(self._render(turns, tools, ask=True))
+        ids = list(self.tokenizer(text)["input_ids"])
+        if not ids and self.tokenizer.bos_token_id is not None:
+            return [self.tokenizer.bos_token_id]
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def reply(self, text: str) -> list[int]:
-        """Token ids of a reply, closed by EOS."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        """Token ids of a reply that is text to a prompt that is text, closed by EOS."""
+        return [*self._ids(text), self.tokenizer.eos_token_id]
+
+    def pair(self, prompt: Text, reply: Text, tools: list[Any] | None = None) -> tuple[list[int], list[bool]]:
+        """Token ids of a prompt and its reply, and which of them are the assistant's in the reply: its words and the token
+        that ends its turn. Raises Skip where the template does not tell."""
+        turns = self._turns(prompt, said=reply)
+        if turns is None:
+            asked, said = self.prompt(prompt), self.reply(str(reply))
+            return asked + said, [False] * len(asked) + [True] * len(said)
+        return self._taught([*turns, *_messages(reply)], len(turns), tools)
+
+    def conversation(self, prompt: Text, reply: Text, tools: list[Any] | None = None) -> tuple[list[int], list[bool]]:
+        """As `pair`, and the assistant's turns in the prompt are its own too."""
+        turns = self._turns(prompt, said=reply)
+        if turns is None:
+            found = transcript(str(prompt))
+            if found is None:
+                return self.pair(prompt, reply)
+            turns = found
+        whole = [*turns, *_messages(reply)]
+        if marked(self._template(tools)) and whole[0]["role"] != "assistant":
+            return self._marked(whole, tools)
+        return self._taught(whole, 0, tools)
 
     @property
     def identity(self) -> str:
@@ -62,20 +88,127 @@ class Encoder:
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a turn of the assistant's."""
+        return frozenset([self.tokenizer.eos_token_id, *templates.ends(self.tokenizer)])
+
+    def _template(self, tools: list[Any] | None) -> str:
+        tok = self.tokenizer
+        return templates.default(tok) if tok.chat_template is None else str(tok.get_chat_template(tools=tools))
+
+    def _turns(self, prompt: Text, said: Text = "") -> list[Message] | None:
+        """A prompt as messages; None where it is text and stays text."""
+        if not isinstance(prompt, str):
+            return prompt
+        found = None if templates.is_default(self.tokenizer) else transcript(prompt)
+        if found is None and not isinstance(said, str):
+            return [{"role": "user", "content": prompt}] if prompt else []
+        return found
+
+    def _render(self, messages: list[Message], tools: list[Any] | None, *, ask: bool = False) -> str:
+        try:
+            return templates.render(self.tokenizer, messages, tools, ask=ask)
+        except templates.ERRORS as error:
+            raise Skip(f"the chat template refuses it: {templates.told(error)}") from None
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _taught(self, messages: list[Message], first: int, tools: list[Any] | None) -> tuple[list[int], list[bool]]:
+        """(token ids, which of them are the assistant's in its turns from message `first` on), up to the last of these.
+
+        A turn is what the template adds to the conversation before it, asked for the assistant's words, up to the first token
+        at which generation stops.
+        """
+        whole, cuts = self._render(messages, tools), []
+        for place, message in enumerate(messages):
+            if place < max(first, 1) or message["role"] != "assistant":
+                continue  # the others', or a greeting that answers nothing
+            asked = self._render(messages[:place], tools, ask=True)
+            said = self._render(messages[: place + 1], tools)
+            if not said.startswith(asked):
+                raise Skip(REWRITTEN)
+            end = self._end(said, len(asked))
+            if not whole.startswith(said[:end]):
+                raise Skip(REWRITTEN)
+            cuts += [len(asked), end]
+        return self._ended([(piece, bool(number % 2)) for number, piece in enumerate(self._pieces(whole, cuts))])
+
+    def _end(self, text: str, start: int) -> int:
+        """Where the first token at which generation stops is over, from `start` on."""
+        texts = [str(self.tokenizer.convert_ids_to_tokens(token)) for token in self.ends]
+        found = [(place, place + len(end)) for end in texts if (place := text.find(end, start)) >= 0]
+        if not found:
+            raise Skip(ENDLESS)
+        return min(found)[1]
+
+    def _pieces(self, text: str, cuts: list[int]) -> Iterator[list[int]]:
+        """Token ids of the text up to each cut. They are those of the whole text, unless a token lies across a cut: then
+        the rest is tokenised apart, as after a prompt in a rollout."""
+        before: list[int] = []
+        start = 0
+        for end in cuts:
+            whole = self._ids(text[:end])
+            joined = whole[: len(before)] == before
+            piece = whole[len(before) :] if joined else self._ids(text[start:end])
+            before, start = before + piece, end
+            yield piece
+
+    def _marked(self, messages: list[Message], tools: list[Any] | None) -> tuple[list[int], list[bool]]:
+        """The same from a template that marks the assistant's words. Where the end of a turn is not among them it is added:
+        a model that is not taught to end does not."""
+        try:
+            found = self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        except templates.ERRORS as error:
+            raise Skip(f"the chat template refuses it: {templates.told(error)}") from None
+        ids, mask = list(found["input_ids"]), [bool(own) for own in found["assistant_masks"]]
+        for place in range(1, len(ids)):
+            mask[place] |= mask[place - 1] and ids[place - 1] not in self.ends and ids[place] in self.ends
+        return self._ended(
+            [([i for i, _ in run], own) for own, run in groupby(zip(ids, mask, strict=True), itemgetter(1))]
+        )
+
+    def _ended(self, pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
+        """Pieces of a conversation, each the assistant's or not, as one; a turn of its own goes up to the token that ends it.
+        What follows the last is left out."""
+        ids: list[int] = []
+        taught: list[bool] = []
+        for piece, own in pieces:
+            end = next((place for place, token in enumerate(piece) if token in self.ends), -1) if own else -1
+            if own and end < 0:
+                raise Skip(ENDLESS)
+            ids += piece
+            taught += [place <= end for place in range(len(piece))]
+        if True not in taught:
+            raise Skip("no turn of the assistant's")
+        length = len(taught) - taught[::-1].index(True)
+        return ids[:length], taught[:length]
+
+
+def _messages(reply: Text) -> list[Message]:
+    return [{"role": "assistant", "content": reply.strip()}] if isinstance(reply, str) else reply
+
 
 def demonstration(encoder: Encoder, example: Example, max_length: int, loss_on: str) -> dict[str, list[int]]:
-    """A row for next-token training: `input_ids` and `labels` (-100 where no loss is taken). Raises Skip when too long."""
-    prompt, reply = encoder.prompt(example.prompt), encoder.reply(example.chosen or "")
-    if len(prompt) + len(reply) > max_length:
+    """A row for next-token training: `input_ids` and `labels` (-100 where no loss is taken). Raises Skip when too long.
+
+    `loss_on` is `completion` (the reply), `assistant` (all of the assistant's turns) or `all`.
+    """
+    encode = encoder.conversation if loss_on == "assistant" else encoder.pair
+    ids, taught = encode(example.prompt, example.chosen or "", example.tools)
+    if len(ids) > max_length:
         raise Skip(TOO_LONG)
-    labels = [-100] * len(prompt) if loss_on == "completion" else prompt
-    return {"input_ids": prompt + reply, "labels": labels + reply}
+    labels = [token if own or loss_on == "all" else -100 for token, own in zip(ids, taught, strict=True)]
+    return {"input_ids": ids, "labels": labels}
 
 
 def preference(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any]:
     """A row for the pairwise loss: `chosen_ids`, `rejected_ids` and `margin`, None without one. Raises Skip when too long."""
-    prompt = encoder.prompt(example.prompt)
-    chosen, rejected = prompt + encoder.reply(example.chosen or ""), prompt + encoder.reply(example.rejected or "")
+    chosen, _ = encoder.pair(example.prompt, example.chosen or "", example.tools)
+    rejected, _ = encoder.pair(example.prompt, example.rejected or "", example.tools)
     if max(len(chosen), len(rejected)) > max_length:
         raise Skip(TOO_LONG)
     return {"chosen_ids": chosen, "rejected_ids": rejected, "margin": example.margin}
@@ -92,7 +225,7 @@ class Prompt:
 
 def prompt(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any]:
     """A prompt of 1 to `max_length` tokens: `ids`, and `row`, its data row in JSON. Raises Skip for others: none is cut."""
-    ids = encoder.prompt(example.prompt)
+    ids = encoder.prompt(example.prompt, example.tools)
     if not 0 < len(ids) <= max_length:
         raise Skip(TOO_LONG if ids else "empty prompt")
     return {"ids": ids, "row": json.dumps(example.row, ensure_ascii=False, default=str)}

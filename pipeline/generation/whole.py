@@ -13,13 +13,15 @@ from typing import Any
 
 import deepspeed
 import torch
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 
 class Whole:
-    """The modules of `model` once more, around the same parameters. Must be made before DeepSpeed adds its hooks to them."""
+    """The modules of `model` once more, around the same parameters, those of added tokens included. Must be made before
+    DeepSpeed adds its hooks to them."""
 
     def __init__(self, model: Any) -> None:
         own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -27,8 +29,9 @@ class Whole:
         for twin, original in zip(self.model.modules(), model.modules(), strict=True):
             twin._buffers = original._buffers  # one dictionary: DeepSpeed moves buffers to a device by replacing them
         self.tuned: dict[nn.Module, BaseTunerLayer] = {}
+        self.rows = [layer for layer in self.model.modules() if isinstance(layer, TrainableTokensLayer)]
         for name, layer in list(self.model.named_modules()):
-            if isinstance(layer, BaseTunerLayer):
+            if isinstance(layer, BaseTunerLayer) and layer not in self.rows:
                 plain = _plain(layer.get_base_layer())
                 self.tuned[plain] = layer
                 self.model.set_submodule(name, plain)
@@ -36,7 +39,8 @@ class Whole:
     @staticmethod
     def possible(model: Any) -> bool:
         """Whether every adapter of `model` adds a matrix to a weight that can be told; PEFT's 4-bit AdaLoRA cannot tell it."""
-        return all(hasattr(layer, "get_delta_weight") for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+        tuned = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        return all(hasattr(layer, "get_delta_weight") or isinstance(layer, TrainableTokensLayer) for layer in tuned)
 
     @contextmanager
     def of(self, adapter: str | None, *, sharded: bool) -> Iterator[Any]:
@@ -45,6 +49,8 @@ class Whole:
         shared = [
             (module, name, value) for module in self.model.modules() for name, value in module._parameters.items()
         ]
+        for layer in self.rows:
+            layer._disable_adapters, layer._active_adapter = adapter is None, [adapter]
         try:
             with torch.no_grad():
                 if sharded:

@@ -11,9 +11,10 @@ from peft import PeftConfig
 from torch import nn
 
 from pipeline import handoff
-from pipeline.adapters import adalora, build
+from pipeline.adapters import adalora, build, new_rows
 from pipeline.config.methods import METHODS
 from pipeline.config.schema import Base
+from pipeline.data import templates
 from pipeline.handoff import Baton
 from pipeline.model import load
 from pipeline.model.roles import Role, Roles
@@ -93,7 +94,10 @@ def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: boo
             speaks = any(parts[other].head is None for other in sharers)
             trunks[trunk] = (load.causal if speaks else load.classifier)(part.base, tok, sharded=sharded)
         if part.adapter is not None:
-            trunks[trunk] = _add_adapter(trunks[trunk], name, context, *part.adapter, steps)
+            config = part.adapter[0] or build.config(
+                context.block.adapter, plain(trunks[trunk]), "CAUSAL_LM", steps, templates.added(tok)
+            )
+            trunks[trunk] = _add_adapter(trunks[trunk], name, config, part.adapter[1])
         if part.like is not None:
             build.put(trunks[trunk], name, build.state(trunks[trunk], part.like))
         if part.head is not None:
@@ -123,10 +127,9 @@ def _kind(context: Context, part: Part) -> str:
     return METHODS[context.block.adapter.method].peft if given is None else str(given.peft_type.value)
 
 
-def _add_adapter(
-    trunk: Any, name: str, context: Context, config: PeftConfig | None, weights: Weights | None, steps: int | None
-) -> Any:
-    config = config or build.config(context.block.adapter, plain(trunk), "CAUSAL_LM", steps)
+def _add_adapter(trunk: Any, name: str, config: PeftConfig, weights: Weights | None) -> Any:
+    if tokens := new_rows.tokens_of(config):  # a reward model's adapter has no rows of an output head that is here
+        config.trainable_token_indices = new_rows.indices(plain(trunk), tokens)
     speaks = hasattr(plain(trunk), "prepare_inputs_for_generation")  # PEFT refuses CAUSAL_LM on a classifier
     config.task_type, config.modules_to_save = "CAUSAL_LM" if speaks else None, None
     # PEFT allows one AdaLoRA adapter that trains on a model; which of a trunk's adapters do is for Roles to say.

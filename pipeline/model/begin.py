@@ -11,11 +11,14 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from pipeline import handoff
 from pipeline.adapters import build
 from pipeline.config.methods import METHODS
 from pipeline.config.schema import Base
+from pipeline.config.tokens import check_rows, template_file
+from pipeline.data import templates
 from pipeline.engine import gather_state
 from pipeline.errors import UserError
 from pipeline.handoff import Baton
@@ -24,6 +27,40 @@ from pipeline.stage import Context
 
 TASKS: dict[str, str] = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}
 Kind = Literal["causal", "classifier"]
+
+
+def tokenizer(context: Context, baton: Baton | None) -> Any:
+    """The tokenizer of a stage: its parent's, else the base's with the recipe's chat template and added tokens.
+
+    Raises UserError where the stage's method does not train the embeddings of tokens that were added, and where a reply ends
+    with a token in training that the parent's published model does not stop on.
+    """
+    block = context.block
+    tok = load.tokenizer(str(baton.path) if baton else context.base, block.base.revision)
+    if baton is None:
+        name = template_file(context.recipe, context.stage) or block.base.chat_template
+        templates.put(tok, None if name is None else str(name), block.base.add_tokens)
+    else:
+        _check_stops(tok, baton)
+    if added := templates.added(tok):
+        check_rows(context.recipe, context.stage, tok.convert_ids_to_tokens(added))
+    return tok
+
+
+def _check_stops(tok: Any, baton: Baton) -> None:
+    file = baton.path / "generation_config.json"
+    if not file.is_file():
+        return  # a reward model says nothing
+    stops = load.listed(GenerationConfig.from_pretrained(baton.path).eos_token_id)
+    ends = {tok.eos_token_id, *load.turn_ends(tok)} - set(stops)
+    if ends:
+        raise UserError(
+            str(file),
+            f"training ends a reply with {tok.convert_ids_to_tokens(min(ends))}, and generation stops on "
+            + ", ".join(tok.convert_ids_to_tokens(stops)),
+            expected="every token that ends a reply among those that generation stops on",
+            fix=f"run stage {baton.manifest['stage']} again",
+        )
 
 
 def base_below(context: Context, baton: Baton | None, kind: Kind, *, whole: bool = False) -> tuple[Base, Baton | None]:
@@ -75,7 +112,7 @@ def model(
     _check_context(context, base, longest)
     if block.adapter.is_full:
         return base, record
-    peft = build.attach(base, block.adapter, TASKS[kind], steps=steps)
+    peft = build.attach(base, block.adapter, TASKS[kind], steps=steps, tokens=templates.added(tok))
     if adapter is not None:
         weights, head = build.read(adapter.path)
         build.put(peft, "default", weights)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.adapters.new_rows import plain
+
 CHUNK_ELEMENTS = 2**24
 """Logits held at a time: 64 MiB in float32."""
 
@@ -45,7 +47,7 @@ def token_log_probs(
     def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         return of_logits(head(states), wanted, temperature, learn_entropy=learn_entropy)
 
-    size = max(1, CHUNK_ELEMENTS // int(head.out_features))  # type: ignore[arg-type]
+    size = max(1, CHUNK_ELEMENTS // int(plain(head).out_features))
     chunks = -(-len(hidden) // size)
     if together:
         most = torch.tensor([chunks], device=hidden.device)

@@ -19,6 +19,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.config.schema import Base
+from pipeline.data import templates
 from pipeline.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +47,8 @@ ADDED_PAD = "<|relay_pad|>"
 
 
 def tokenizer(model: str, revision: str | None = None) -> Any:
-    """The tokenizer of `model`, with a pad token that is not EOS: its own, else an unused special one, else an added one."""
+    """The tokenizer of `model`, with a chat template (its own, else the default one) and a pad token that is not EOS: its own,
+    else an unused special one, else an added one."""
     try:
         loaded = AutoTokenizer.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:
@@ -72,6 +74,8 @@ def tokenizer(model: str, revision: str | None = None) -> Any:
             loaded.pad_token = spare[0]
         else:
             loaded.add_special_tokens({"pad_token": ADDED_PAD})
+    if loaded.chat_template is None:
+        loaded.chat_template = templates.default(loaded)
     loaded.padding_side = "right"
     if backend := getattr(
         loaded, "backend_tokenizer", None
@@ -86,13 +90,25 @@ def causal(base: Base, tok: Any, *, sharded: bool) -> Any:
     model = _load(AutoModelForCausalLM, base, sharded)
     _fit(model, tok)
     model.generation_config.pad_token_id = tok.pad_token_id
-    model.generation_config.eos_token_id = sorted({tok.eos_token_id, *eos_ids(model)})
+    model.generation_config.eos_token_id = sorted({tok.eos_token_id, *turn_ends(tok), *eos_ids(model)})
     return model
+
+
+def turn_ends(tok: Any) -> list[int]:
+    """What ends a turn in the chat template. A template that says nothing of it is refused where conversations are encoded."""
+    try:
+        return templates.ends(tok)
+    except UserError:
+        return []
 
 
 def eos_ids(model: Any) -> list[int]:
     """The tokens that end a reply, from the model's generation config."""
-    ids = model.generation_config.eos_token_id
+    return listed(model.generation_config.eos_token_id)
+
+
+def listed(ids: int | list[int] | None) -> list[int]:
+    """Token ids as a generation config has them: none, one or several."""
     return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 
 
@@ -169,15 +185,16 @@ def _keep_gradients(model: Any) -> None:
 
 
 def _fit(model: Any, tok: Any) -> None:
-    """Give the model a row for an added pad token, and tell its config which tokens pad and end."""
-    if tok.pad_token_id >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(tok.pad_token_id + 1, mean_resizing=False)
+    """Give the model rows for tokens that were added to the tokenizer, and tell its config which tokens pad and end."""
+    before, needed = model.get_input_embeddings().num_embeddings, 1 + max([tok.pad_token_id, *templates.added(tok)])
+    if needed > before:
+        model.resize_token_embeddings(needed, mean_resizing=False)
         for layer in (
             model.get_input_embeddings(),
             model.get_output_embeddings(),
         ):  # in one order: collective under ZeRO-3
             if layer is not None:
-                _mean_row(layer.weight)
+                _mean_rows(layer.weight, before)
     if tok.pad_token == ADDED_PAD and model.get_output_embeddings() is not None:
         model.get_output_embeddings().register_forward_hook(_never(tok.pad_token_id))
     text = model.config.get_text_config()
@@ -185,17 +202,18 @@ def _fit(model: Any, tok: Any) -> None:
     model.config.use_cache = True
 
 
-def _mean_row(weight: torch.nn.Parameter) -> None:
-    """Make the last row of `weight` [V + 1, D] the mean of the others.
+def _mean_rows(weight: torch.nn.Parameter, before: int) -> None:
+    """Make the rows of `weight` [V, D] from `before` on the mean of those up to there.
 
-    Who reads the published model without Relay then gives the added token at most the share 1 / (V + 1): its logit is the
-    mean logit, and exp(mean) is at most the mean of the exponentials. A random row can take any share.
+    Who reads the published model without Relay then gives an added token that nobody trained at most the share
+    1 / (before + 1): its logit is the mean logit, and exp(mean) is at most the mean of the exponentials. A random row can
+    take any share.
     """
     with (
         torch.no_grad(),
         deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=hasattr(weight, "ds_id")),
     ):
-        weight[-1] = weight[:-1].float().mean(0).to(weight.dtype)
+        weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
 
 
 def _never(token: int) -> Callable[..., torch.Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.adapters import build
+from pipeline.adapters.new_rows import Rows
 from pipeline.adapters.soft_prompt import virtual_ids
 from pipeline.config.schema import Sampling
 from pipeline.generation import engines
@@ -173,7 +174,7 @@ class Roles(nn.Module):
         for trunk in dict.fromkeys(self.roles[role].trunk for role in roles):
             sharers = [role for role in roles if self.roles[role].trunk == trunk]
             adapters = list(dict.fromkeys(self.roles[role].adapter for role in sharers))
-            if len(adapters) == 1 or not all(map(_mixes, self._tuners[trunk])):
+            if len(adapters) == 1 or not all(_mixes(layer, self.sharded) for layer in self._tuners[trunk]):
                 speaker = {self.roles[role].adapter: role for role in reversed(sharers)}
                 states = {adapter: self._hidden(speaker[adapter], tokens) for adapter in adapters}
             else:
@@ -195,7 +196,10 @@ class Roles(nn.Module):
         def add(layer: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
             parts = zip(adapters, args[0].chunk(len(adapters)), result.chunk(len(adapters)), strict=True)
             for adapter, given, part in parts:
-                if adapter in layer.lora_A:
+                if isinstance(layer, Rows):
+                    if adapter is not None and adapter in layer.trainable_tokens_delta:
+                        part.copy_(layer.put(adapter, given, part))
+                elif adapter in layer.lora_A:
                     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
                     part += up(down(given.to(down.weight.dtype))) * layer.scaling[adapter]
 
@@ -370,8 +374,11 @@ class Roles(nn.Module):
         return run
 
 
-def _mixes(layer: BaseTunerLayer) -> bool:
-    """Whether a layer's adapters are plain LoRA, which a mixed batch can apply row by row."""
+def _mixes(layer: BaseTunerLayer, sharded: bool) -> bool:
+    """Whether a layer's adapters are plain LoRA or rows of embeddings, which a mixed batch can apply row by row. ZeRO-3 lets
+    go of such rows as soon as the layer has run."""
+    if isinstance(layer, Rows):
+        return not sharded
     plain = isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer)
     return plain and not any(layer.use_dora.values())
 

@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.generation.rollout import Rollout, keys
 from pipeline.model import begin
 from pipeline.model.assemble import assemble, plain, scoring, speaking
-from pipeline.model.load import eos_ids, tokenizer
+from pipeline.model.load import eos_ids
 from pipeline.model.roles import Roles
 from pipeline.scoring.source import build, checked
 from pipeline.stage import Context, main
@@ -41,7 +41,7 @@ def evaluate(context: Context) -> None:
     judge = build(FunctionReward(function=block.judge), where) if block.judge else None
 
     parent = context.parent("model")
-    tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
+    tok = begin.tokenizer(context, parent)
     encoder = encode.Encoder(tok)
     _, held_out, counts = encoded.prompts(context, tok, block.sampling.max_prompt_length)
     prompts: list[encode.Prompt] = held_out[: block.rows]

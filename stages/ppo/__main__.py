@@ -98,7 +98,7 @@ def prepare(context: Context, block: Ppo) -> Setup:
     """Data, roles, optimizer and engine, as the recipe says and before any training."""
     engine.start(block.seed)
     parent = context.parent("policy")
-    tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
+    tok = begin.tokenizer(context, parent)
     _check_tokenizers(context, tok)
     encoder = encode.Encoder(tok)
     prompts, held_out, counts = encoded.prompts(context, tok, block.sampling.max_prompt_length)
@@ -170,15 +170,16 @@ def copies(context: Context, block: Ppo, roles: Roles) -> bool:
 
 
 def _check_tokenizers(context: Context, tok: Any) -> None:
-    """Refuse a reward model that reads other token ids than the policy writes."""
+    """Refuse a reward model that reads other token ids, or conversations otherwise, than the policy writes."""
     for name, baton in context.batons.items():
         if baton.manifest["base"] is None:  # rows
             continue
-        if tokenizer(str(baton.path)).get_vocab() != tok.get_vocab():
+        theirs = tokenizer(str(baton.path))
+        if theirs.get_vocab() != tok.get_vocab() or theirs.chat_template != tok.chat_template:
             raise UserError(
                 context.recipe.where("stages", context.stage),
                 f"the tokenizer of {name} is not the policy's",
-                expected="one vocabulary in all of them",
+                expected="one vocabulary and one chat template in all of them",
                 fix="train them on bases with the same tokenizer",
             )
 
