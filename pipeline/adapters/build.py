@@ -333,12 +333,12 @@ def put(model: PeftModel, name: str, weights: dict[str, torch.Tensor]) -> None:
     }
     known = {**heads, **new_rows.fitting(model, weights)}
     result = set_peft_model_state_dict(model, known, adapter_name=name)
-    # Buffers are derived (OFT's indices) or there once for all layers (VeRA's factors).
-    derived = {key for key, _ in model.named_buffers(remove_duplicate=False)}
+    # Buffers are derived (OFT's indices) or there once for all layers (VeRA's factors); tied rows are there once too.
+    needed = {key for key, _ in model.named_parameters()}
     missing = [
         key
         for key in result.missing_keys
-        if belongs(key, name) and key not in derived and not set(key.split(".")) & set(UNTRAINED)
+        if belongs(key, name) and key in needed and not set(key.split(".")) & set(UNTRAINED)
     ]
     if result.unexpected_keys or missing:
         raise UserError(

@@ -1,7 +1,7 @@
 """Rows of the embeddings that train beside an adapter: those of tokens that the recipe added, as PEFT's
 `trainable_token_indices` has them.
 
-PEFT copies the whole matrix at every call, reads it where ZeRO-3 has not gathered it, and goes past the hooks of the layer
+In a forward pass PEFT copies the whole matrix, reads it where ZeRO-3 has not gathered it, and goes past the hooks of the layer
 below. `Rows` computes the same from the layer's own output; the files are PEFT's.
 """
 
@@ -13,11 +13,15 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import PeftConfig
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.utils import TrainableTokensWrapper
 from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import Tensor, nn
 from torch.nn import functional
+
+from pipeline.errors import UserError
 
 DELTA = "trainable_tokens_delta"
 
@@ -29,6 +33,12 @@ def indices(model: Any, tokens: Sequence[int]) -> dict[str, list[int]] | None:
         return None
     into, out = model.get_input_embeddings(), model.get_output_embeddings()
     layers = [into] if out is None or plain(out).weight is plain(into).weight else [into, out]
+    if getattr(plain(out), "bias", None) is not None:
+        raise UserError(
+            "base.add_tokens",
+            f"{type(model).__name__} has an output head with a bias, which PEFT leaves out beside rows of their own",
+            fix="write `adapter: {method: full}`, or add no tokens",
+        )
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(layer)].rpartition(".")[2]: list(tokens) for layer in layers}
 
@@ -69,6 +79,8 @@ def readable() -> Iterator[None]:
 def refine(model: nn.Module) -> None:
     """Compute the rows of `model` as `Rows` does. Again after every adapter that is added."""
     for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.__dict__["bias"] = None  # TRL's loss asks an output head for it, and the wrapper does not answer
         if isinstance(module, TrainableTokensLayer):
             module.__class__ = Rows
             if check_deepspeed_zero3_enabled():
@@ -86,6 +98,16 @@ class Rows(TrainableTokensLayer):
             if adapter in self.trainable_tokens_delta:
                 found = self.put(adapter, x, found)
         return found
+
+    def get_merged_weights(self, active_adapters: list[str]) -> Tensor:
+        """The whole matrix, as TRL's loss reads it from an output head."""
+        there = ZeroParamStatus.AVAILABLE
+        held = [self.base_layer.weight, *(self.trainable_tokens_delta[name] for name in active_adapters)]
+        absent = [rows for rows in held if getattr(rows, "ds_status", there) != there]
+        with deepspeed.zero.GatheredParameters(absent, enabled=bool(absent)):
+            merged = super().get_merged_weights(active_adapters)
+        merged.ds_status = there  # under ZeRO-3 TRL gathers what does not say so
+        return merged
 
     def put(self, adapter: str, x: Tensor, found: Tensor) -> Tensor:
         """`found`, which the layer makes of `x`, with what the rows of `adapter` make of it."""

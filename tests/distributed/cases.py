@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -204,7 +205,12 @@ def _compare(context: Any) -> dict[str, float]:
 def _plain(baton: Any, base: Any, kind: str) -> Any:
     """The published stage as somebody without Relay opens it: transformers and PEFT alone."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+    )
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[base.dtype]
     auto = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
@@ -219,7 +225,11 @@ def _plain(baton: Any, base: Any, kind: str) -> Any:
         )
     if not baton.is_adapter:
         return auto.from_pretrained(baton.path, **options).eval()
-    return PeftModel.from_pretrained(auto.from_pretrained(baton.base, **options), baton.path).eval()
+    model, tok = auto.from_pretrained(baton.base, **options), AutoTokenizer.from_pretrained(baton.path)
+    rows = json.loads((baton.path / "adapter_config.json").read_text()).get("trainable_token_indices")
+    if rows and model.get_input_embeddings().num_embeddings < len(tok):
+        model.resize_token_embeddings(len(tok))
+    return PeftModel.from_pretrained(model, baton.path).eval()
 
 
 def merged_like_adapter(recipe: str, run_dir: str) -> dict[str, float]:
