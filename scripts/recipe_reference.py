@@ -167,6 +167,7 @@ def methods() -> str:
         "shared": "PPO",
         "continued": "continued",
         "packs": "packing",
+        "rows": "added tokens",
     }
     about = ["| method | paper | what trains | trained parameters | choose it |", "|---|---|---|---|---|"]
     caps = ["| method | " + " | ".join(columns.values()) + " | PEFT's name | where it cannot |"]

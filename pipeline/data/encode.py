@@ -235,7 +235,8 @@ def candidate(encoder: Encoder, example: Example, max_length: int, max_prompt: i
     """A row to choose or not: `prompt_ids`, `reply_ids` with its EOS, and in JSON `said` (prompt and reply as they stand in the
     data), `row` and `origin`. Raises Skip when the two are above `max_length` tokens, or when the prompt, which a model is to
     answer unless `max_prompt` is None, is longer than that or empty."""
-    prompt, reply = encoder.prompt(example.prompt), encoder.reply(example.chosen or "")
+    prompt = encoder.prompt(example.prompt, example.tools)
+    reply = encoder.pair(example.prompt, example.chosen or "", example.tools)[0][len(prompt) :]
     if len(prompt) + len(reply) > max_length or (max_prompt is not None and len(prompt) > max_prompt):
         raise Skip(TOO_LONG)
     if max_prompt is not None and not prompt:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 from pipeline.config.schema import Base
 from pipeline.data.encode import Encoder
 from pipeline.data.shape import Text
+from pipeline.data.templates import is_default
 from pipeline.errors import UserError
 from pipeline.model import load
 
@@ -52,7 +53,7 @@ class Classifier:
     def _ids(self, prompt: Text, reply: Text) -> dict[str, list[int]]:
         """What one text is to the model: token ids, mask, and token types where it has them."""
         cut = {"truncation": self.context is not None, "max_length": self.context}
-        if self.tokenizer.chat_template is not None:
+        if not is_default(self.tokenizer):
             asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             said = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
             text = self.tokenizer.apply_chat_template([*asked, *said], tokenize=False)

@@ -24,7 +24,6 @@ from pipeline.data import encoded
 from pipeline.data.shards import Shards, storable
 from pipeline.errors import UserError
 from pipeline.model import begin
-from pipeline.model.load import tokenizer
 from pipeline.stage import Context, main
 from stages.selection.models import Models, first_baton
 from stages.selection.phases import Phases, Read
@@ -37,7 +36,7 @@ def selection(context: Context) -> None:
     device = engine.start(block.seed)
 
     parent = first_baton(context, block)
-    tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
+    tok = begin.tokenizer(context, parent)
     longest_prompt = block.sampling.max_prompt_length if block.necessity else None
     data = encoded.candidates(context, tok, block.max_length, longest_prompt)
     rows = data.train

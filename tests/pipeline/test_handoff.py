@@ -378,8 +378,15 @@ def test_different_tokenizers_are_refused(stage: Path, tmp_path: Path) -> None:
     assert lines[0].startswith("tokenizer of sft and reward: tokenizer.json differs: ")
     assert lines[1:] == [
         "  expected one tokenizer through the chain",
-        "  fix: train both stages from bases with the same tokenizer",
+        "  fix: train both stages from bases with the same tokenizer, `chat_template` and `add_tokens`",
     ]
+
+    def templated(folder: Path) -> None:
+        adapter(folder)
+        (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+
+    with pytest.raises(UserError, match=r"chat_template\.jinja differs"):
+        handoff.check_same_tokenizer(ours, publish(tmp_path / "reward", templated, facts("reward")))
 
     def without(folder: Path) -> None:
         adapter(folder)
