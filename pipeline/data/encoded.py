@@ -39,7 +39,7 @@ from pipeline.handoff import write_json
 if TYPE_CHECKING:
     from pipeline.stage import Context
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the same inputs give other rows than before."""
 
 ROWS = ".rows"
