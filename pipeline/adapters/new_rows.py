@@ -114,10 +114,8 @@ class Rows(TrainableTokensLayer):
         rows, tokens = self.trainable_tokens_delta[adapter], self._tokens(adapter, x.device)
         if isinstance(self.base_layer, nn.Embedding):
             chosen = x.unsqueeze(-1) == tokens
-            scale = getattr(self.base_layer, "embed_scale", 1.0)
-            return torch.where(chosen.any(-1, keepdim=True), chosen.to(rows.dtype) @ rows * scale, found).to(
-                found.dtype
-            )
+            own = functional.embedding(chosen.long().argmax(-1), rows) * getattr(self.base_layer, "embed_scale", 1.0)
+            return torch.where(chosen.any(-1, keepdim=True), own.to(found.dtype), found)
         said = functional.linear(x, rows.to(x.dtype)).to(found.dtype)
         return found.index_copy(-1, tokens, said)
 
