@@ -30,6 +30,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+BASE = ROOT / "pipeline" / "recipes" / "quickstart" / "base"
 OUT = ROOT / "docs" / "results" / "data.md"
 SIZES = (10_000, 100_000, 1_000_000)
 STEPS: dict[str, list[Any]] = {
@@ -68,7 +69,30 @@ def prepare(steps: list[Any]) -> Callable[[Path], None]:
     return run
 
 
+def tokenise(folder: Path) -> None:
+    """Rows as an SFT stage has them: read, placed, encoded with the quickstart's tokenizer, written to disk."""
+    from transformers import AutoTokenizer
+
+    from pipeline.config.recipe import load
+    from pipeline.data.encoded import demonstrations
+    from pipeline.data.split import fingerprints
+    from pipeline.stage import Context
+
+    recipe = folder / "recipe.yaml"
+    block = {"kind": "sft", "data": [{"path": "rows.jsonl"}], "lr": 1e-4}
+    text = {"name": "bench", "base": {"model": str(BASE)}, "stages": {"sft": block}}
+    recipe.write_text(yaml.safe_dump(text, sort_keys=False), encoding="utf-8")
+    loaded, tok = load(recipe), AutoTokenizer.from_pretrained(BASE)
+    inputs = {"data": fingerprints(loaded, "sft", {}), "parents": {}}
+    with tempfile.TemporaryDirectory(dir=folder) as run_dir:
+        context = Context(loaded, "sft", Path(run_dir), 0, 1, inputs, {})
+        data = demonstrations(context, tok, 512, "completion")
+        counts = data.counts["rows.jsonl"]
+        assert counts["rows"] == counts["used"] + counts["held out"] + counts["too long"], counts
+
+
 TASKS: dict[str, Callable[[Path], None]] = {"read": read} | {name: prepare(steps) for name, steps in STEPS.items()}
+TASKS["tokenise"] = tokenise
 """What is measured: a function of the folder that holds rows.jsonl."""
 
 
@@ -105,6 +129,8 @@ def in_own_process(task: str, folder: Path) -> dict[str, float]:
 
 def measure(task: Callable[[Path], None], folder: Path) -> dict[str, float]:
     """Seconds; peak resident MiB of this process, and of the largest that it started."""
+    if task is tokenise:
+        import pipeline.data.encoded  # noqa: F401  torch and more: a rank has it before it reads any data
     began = time.perf_counter()
     task(folder)
     seconds = time.perf_counter() - began
@@ -158,10 +184,11 @@ def page(found: dict[str, dict[int, dict[str, float]]], sizes: list[int]) -> str
         "",
         f"`python scripts/bench_data.py`, Python {platform.python_version()}, {os.cpu_count()} cores. Commit {commit()}.",
         "",
-        "Rows of a prompt and a completion, about 50 words, made of real sentences. Each line but `read` is a whole prepare",
-        "stage with only those steps, from reading JSON lines to publishing Parquet. `linear`: the time of the most rows over",
-        "that of ten times fewer, divided by ten: 1 is linear, more is worse. Peaks are of the stage's process and of the",
-        "largest of its workers.",
+        "Rows of a prompt and a completion, about 50 words, made of real sentences. `read` gives rows and nothing else;",
+        "`tokenise` is what an SFT stage does before it trains, from reading to token ids on disk (quickstart's tokenizer);",
+        "each other line is a whole prepare stage with only those steps, from reading JSON lines to publishing Parquet.",
+        "`linear`: the time of the most rows over that of ten times fewer, divided by ten: 1 is linear, more is worse. Peaks",
+        "are of the stage's process (of `tokenise` some 440 MiB are torch and its like) and of the largest of its workers.",
         "",
         f"| | {head} | linear | peak, MiB | a worker's, MiB |",
         "|---|" + "---:|" * (len(sizes) + 3),
