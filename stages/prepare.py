@@ -127,7 +127,7 @@ def evaluations(context: Context, block: Prepare) -> dict[int, Evaluation]:
 
 
 def evaluation_rows(context: Context, number: int, path: str) -> Iterator[dict[str, Any]]:
-    for row in rows(context.recipe.local(path)):
+    for row in rows(context.recipe.data(path)):
         if isinstance(row, Bad):
             raise UserError(
                 context.recipe.where("stages", context.stage, "steps", str(number), "decontaminate", "against"),

@@ -37,6 +37,7 @@ from pipeline.config.schema import (
 )
 from pipeline.config.selection import Selection, check_selection
 from pipeline.config.tokens import check_tokens
+from pipeline.data.read import inside
 from pipeline.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
@@ -97,6 +98,13 @@ class Recipe:
         if os.path.isabs(expanded) or not (beside.exists() or glob.glob(str(beside), recursive=True)):
             return expanded
         return str(beside.resolve())
+
+    def data(self, path: str) -> str:
+        """`path` of data, as `local`. Raises UserError when it leads out of `data.root`, where the recipe has one."""
+        found, root = self.local(path), self.header.data.root
+        if root is not None:
+            inside(found, Path(self.local(root)), self.where("data", "root"))
+        return found
 
     def interval(self, stage: str, source: Source) -> tuple[float, float]:
         """The part of [0, 1) of hashed prompts that `source` gives to `stage`, after the held-out part is taken. A selection

@@ -71,12 +71,16 @@ class DataRules(Block):
 
     A row that cannot be used is counted and written to `rejected.jsonl`; with `on_bad_row: stop` the first one stops the
     stage, and more than `max_bad` of a source's rows always do.
+
+    With a `root` no data outside that folder is read, links followed: `--set data.root=FOLDER` for a recipe that one does not
+    trust.
     """
 
     holdout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
     split: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
     on_bad_row: Literal["stop", "reject"] = "reject"
     max_bad: Fraction = 0.05
+    root: str | None = None
 
 
 class Source(Block):

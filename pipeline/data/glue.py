@@ -82,7 +82,7 @@ def places(recipe: Recipe, stage: str) -> list[Place]:
     task = TASKS[block.task]
     if block.data is None:
         return [Place(part, f"{HUB[task.suite]}/{part.config}/{part.split}", None) for part in task.parts]
-    folder, found = Path(recipe.local(block.data)), []
+    folder, found = Path(recipe.data(block.data)), []
     for part in task.parts:
         own = Path(part.file).name
         name = next((name for name in (part.file, own) if (folder / name).is_file()), None)

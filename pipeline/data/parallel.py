@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,12 +25,19 @@ _state: Any = None
 
 
 def ordered(
-    state: State, use: Callable[[State, Item], Result], items: Iterable[Item], workers: int
+    state: State,
+    use: Callable[[State, Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    start: Literal["spawn", "fork"] = "spawn",
 ) -> Iterator[Result]:
     """`use(state, item)` for every item, in order; in this process if there is one worker.
 
-    `state` goes to each process once. Both it and `use` must be picklable. At most AHEAD x workers items, or FEW, are taken
-    from `items` before their results are.
+    `state` goes to each process once; it and `use` must be picklable unless processes are forked. At most AHEAD x workers
+    items, or FEW, are taken from `items` before their results are.
+
+    A forked process starts at once and has what this one imported, but not its threads, whose locks it has as they were:
+    `use` must leave Arrow and torch alone there.
     """
     items = iter(items)
     first = list(islice(items, FEW)) if workers > 1 else []
@@ -38,8 +45,7 @@ def ordered(
         for item in chain(first, items):
             yield use(state, item)
         return
-    # Not fork: the threads of Arrow and of the watch on the launcher would not be there in the child, but their locks would.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(start)
     waiting: deque[Future[Result]] = deque()
     pool = ProcessPoolExecutor(workers, context, _begin, (state, os.getpid()))
     try:
@@ -59,6 +65,7 @@ def _begin(state: Any, parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the stage's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has the stage's handler, which would keep it alive
     _state = state
 
 

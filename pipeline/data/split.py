@@ -104,7 +104,7 @@ def location(recipe: Recipe, run_dir: Path, source: Source) -> str:
     if source.stage is not None:
         return str(run_dir / source.stage / "output" / "data")
     assert source.path is not None
-    return recipe.local(source.path)
+    return recipe.data(source.path)
 
 
 def check(recipe: Recipe, stage: str, run_dir: Path) -> None:
@@ -146,9 +146,9 @@ def fingerprints(recipe: Recipe, stage: str, parents: Mapping[str, str]) -> list
         for source in sources(block, key):
             path = source.path
             here = (source.revision, source.split, source.subset)
-            content = parents[source.stage or ""] if path is None else fingerprint(recipe.local(path), *here)
+            content = parents[source.stage or ""] if path is None else fingerprint(recipe.data(path), *here)
             found.append({"path": source.name, "sha256": content} | ({"for": key} if place else {}))
     if isinstance(block, Prepare):
-        evaluation = {path: fingerprint(recipe.local(path)) for path in block.evaluation_files}
+        evaluation = {path: fingerprint(recipe.data(path)) for path in block.evaluation_files}
         found += [{"path": path, "sha256": content, "for": "decontaminate"} for path, content in evaluation.items()]
     return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from multiprocessing import get_context
+from itertools import chain, islice
 from typing import Any
 
+from pipeline.data.parallel import ordered
 from pipeline.data.shape import Example, Skip
 from pipeline.data.split import Placed
 
@@ -24,28 +24,21 @@ def encoded(rows: Iterable[Placed], make: Encode) -> Iterator[tuple[Placed, Row 
     """Each row with its encoding, or with why it has none; in order. Many rows are encoded by several processes."""
     stream = iter(rows)
     few = list(islice(stream, FEW))
-    yield from zip(few, _chunk([row.example for row in few], make), strict=True)
-    if len(few) == FEW:
-        yield from _by_processes(stream, make, len(os.sched_getaffinity(0)))
+    processes = len(os.sched_getaffinity(0)) if len(few) == FEW else 1
+    taken: deque[list[Placed]] = deque()
+
+    def chunks() -> Iterator[list[Example | None]]:
+        every = chain(few, stream)
+        while chunk := list(islice(every, CHUNK)):
+            taken.append(chunk)
+            yield [row.example for row in chunk]
+
+    # Forked: a process that starts anew would import the whole stage, for longer than most data takes.
+    for made in ordered(make, _chunk, chunks(), processes, start="fork"):
+        yield from zip(taken.popleft(), made, strict=True)
 
 
-def _by_processes(stream: Iterator[Placed], make: Encode, processes: int) -> Iterator[tuple[Placed, Row | str]]:
-    """At most two chunks for each process are read ahead."""
-    waiting: deque[tuple[list[Placed], Any]] = deque()
-    with get_context("fork").Pool(processes, _remember, (make,)) as pool:
-        while chunk := list(islice(stream, CHUNK)):
-            waiting.append((chunk, pool.apply_async(_remembered, ([row.example for row in chunk],))))
-            if len(waiting) > 2 * processes:
-                yield from _finished(*waiting.popleft())
-        while waiting:
-            yield from _finished(*waiting.popleft())
-
-
-def _finished(chunk: list[Placed], result: Any) -> Iterator[tuple[Placed, Row | str]]:
-    return zip(chunk, result.get(), strict=True)
-
-
-def _chunk(examples: list[Example | None], make: Encode) -> list[Row | str]:
+def _chunk(make: Encode, examples: list[Example | None]) -> list[Row | str]:
     """What each example is as token ids, or why it cannot be; nothing for none."""
     made: list[Row | str] = []
     for example in examples:
@@ -54,16 +47,3 @@ def _chunk(examples: list[Example | None], make: Encode) -> list[Row | str]:
         except Skip as reason:
             made.append(str(reason))
     return made
-
-
-_make: Encode
-"""What this process encodes with; set where it starts, since a closure cannot be sent to it."""
-
-
-def _remember(make: Encode) -> None:
-    global _make
-    _make = make
-
-
-def _remembered(examples: list[Example | None]) -> list[Row | str]:
-    return _chunk(examples, _make)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,22 @@ def test_lists_of_one_stage_do_not_remove_each_other(tmp_path: Path, make_recipe
     assert [folder.parent.name for folder in folders(here)] == ["ppo.prompts", "ppo.ptx.data"]
 
 
+@pytest.fixture
+def signals_answered() -> Iterator[None]:
+    """As in a stage: SIGTERM only makes a note. Whoever waits for ever is ended by an alarm."""
+
+    def late(signum: int, frame: Any) -> None:
+        raise TimeoutError("still waiting after a minute")
+
+    before = {s: signal.signal(s, h) for s, h in ((signal.SIGTERM, lambda *_: None), (signal.SIGALRM, late))}
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("signals_answered")
 def test_many_rows_by_processes_are_those_of_one(tmp_path: Path, make_recipe: Maker, tok: Any) -> None:
     count = FEW + 700
     write(tmp_path, count)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import load as reload
 from pipeline.data.shape import Example
 from pipeline.data.split import check, fingerprints, place, position
 from pipeline.errors import UserError
@@ -215,3 +216,21 @@ def test_real_preferences_are_counted_to_the_last_row(hh_rlhf: Path, make_recipe
     assert outcomes["chosen equals rejected"] == 36
     assert outcomes["chosen and rejected answer different prompts"] == 17
     assert outcomes["empty reply"] == 11
+
+
+@pytest.mark.parametrize("root", [".", None])
+def test_data_stays_inside_the_root_that_was_allowed(tmp_path: Path, make_recipe: Maker, root: str | None) -> None:
+    (tmp_path / "in").mkdir()
+    write_rows(tmp_path, PLACES)
+    write_rows(tmp_path / "in", PLACES)
+    recipe = make_recipe(sft={"data": [{"path": "in/rows.jsonl"}]})
+    for path, reads in (("in/rows.jsonl", True), ("rows.jsonl", root is None)):
+        allowed = [f"data.root={tmp_path / 'in'}"] if root else []
+        one = reload(recipe.path, [*allowed, f"stages.sft.data=[{{path: {path}}}]"])
+        if reads:
+            assert prompts(load(one, "sft")) == PLACES.keys() - HELD_OUT
+            assert fingerprints(one, "sft", {})
+        else:
+            for use in (lambda: load(one, "sft"), lambda: fingerprints(one, "sft", {})):  # noqa: B023
+                with pytest.raises(UserError, match=r"data\.root: .*rows\.jsonl is outside"):
+                    use()
