@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import handoff
+from pipeline.config.distill import Distill
 from pipeline.config.recipe import DS_CONFIGS, Recipe, deepspeed_config, digest, functions, resolved, sources
 from pipeline.config.schema import Stage
 from pipeline.config.selection import Selection
@@ -58,17 +59,22 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
         "parents": parents,
         "deepspeed": None if block.deepspeed.config in SHIPPED_CONFIGS else digest(deepspeed_config(recipe, stage)),
         "functions": {name: _source_hash(name) for name in functions(block)},
-        **_judge(recipe, block),
+        **_outside(recipe, block),
         **({"chat_template": file_hash(template)} if (template := template_file(recipe, stage)) else {}),
     }
 
 
-def _judge(recipe: Recipe, block: Stage) -> dict[str, Any]:
-    """The contents of a reward model that no stage made."""
-    judge = block.reward if isinstance(block, Selection) else None
-    if judge is None or judge.model is None:
-        return {}
-    return {"judge": handoff.model_hash(recipe.local(judge.model), judge.revision)}
+def _outside(recipe: Recipe, block: Stage) -> dict[str, Any]:
+    """The contents of a reward model or a teacher that no stage made."""
+    named = {
+        "judge": block.reward if isinstance(block, Selection) else None,
+        "teacher": block.teacher if isinstance(block, Distill) else None,
+    }
+    return {
+        role: handoff.model_hash(recipe.local(found.model), found.revision)
+        for role, found in named.items()
+        if found is not None and found.model is not None
+    }
 
 
 def _source_hash(function: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from pipeline.config import schema, selection
+from pipeline.config import distill, schema, selection
 from pipeline.config.kinds import KINDS
 from pipeline.config.methods import METHODS, Method
 from pipeline.config.prepare import STEPS
@@ -63,6 +63,7 @@ def kind(annotation: Any) -> str:
         ("typing.", ""),
         ("pipeline.config.schema.", ""),
         ("pipeline.config.selection.", ""),
+        ("pipeline.config.distill.", ""),
         ("NoneType", "none"),
         ("Literal", "one of "),
     ):
@@ -105,7 +106,7 @@ def page() -> str:
     sources = ("StageReward", "FunctionReward", "HttpReward", "VerifyReward")
     for name in ("Sampling", "Critic", "Kl", *sources, "Overlong", "Ptx", "Signals"):
         parts.append(section(name, getattr(schema, name)))
-    for block in (selection.Scorer, selection.Quality, selection.Necessity, selection.Coverage):
+    for block in (distill.Teacher, selection.Scorer, selection.Quality, selection.Necessity, selection.Coverage):
         parts.append(section(block.__name__, block))
     parts.append(estimators())
     return "\n".join(parts)

@@ -6,11 +6,12 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.distill import Distill
 from pipeline.config.prepare import Prepare
 from pipeline.config.schema import Classify, Evaluate, Ppo, Reward, Sft, Stage
 from pipeline.config.selection import Selection
 
-POLICIES = frozenset({"sft", "ppo"})
+POLICIES = frozenset({"sft", "ppo", "distill"})
 REWARDS = frozenset({"reward"})
 DATA = frozenset({"prepare", "selection"})
 """Kinds whose output is rows: any list of data may name them by `stage`."""
@@ -41,6 +42,12 @@ KINDS: dict[str, Kind] = {
         {"policy": POLICIES, "reward": REWARDS, "gold": REWARDS},
         base_ok=frozenset({"policy"}),
         sources=("prompts", "ptx.data"),
+    ),
+    "distill": Kind(
+        Distill,
+        "stages.distill",
+        {"init": POLICIES, "teacher.stage": POLICIES},
+        base_ok=frozenset({"init", "teacher.stage"}),
     ),
     "evaluate": Kind(
         Evaluate,

@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.block import closest
+from pipeline.config.distill import Distill, check_distill
 from pipeline.config.fitting import check_attention, check_method
 from pipeline.config.kinds import DATA, KINDS
 from pipeline.config.methods import METHODS
@@ -377,6 +378,8 @@ def _check(recipe: Recipe) -> None:
         check_tokens(recipe, stage)
         if isinstance(block, Ppo):
             check_ppo(recipe, stage, block)
+        if isinstance(block, Distill):
+            check_distill(recipe, stage, block)
         if getattr(block, "eval_every", None) and block.holdout == 0 and not isinstance(block, Classify):
             raise UserError(
                 recipe.where("stages", stage, "eval_every"),

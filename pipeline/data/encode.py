@@ -205,6 +205,30 @@ def demonstration(encoder: Encoder, example: Example, max_length: int, loss_on: 
     return {"input_ids": ids, "labels": labels}
 
 
+def answered(
+    encoder: Encoder, example: Example, max_length: int, max_prompt: int | None, *, replies: bool
+) -> dict[str, list[int]]:
+    """A row as `demonstration` makes it, of which a prompt above `max_prompt` tokens is too long to be replied to, unless that
+    is None. A row without a reply is its prompt alone, all of its labels -100. Raises Skip for that where `replies` are
+    needed."""
+    if example.chosen is None:
+        if replies:
+            raise Skip("no reply")
+        ids = encoder.prompt(example.prompt)
+        row = {"input_ids": ids, "labels": [-100] * len(ids)}
+    else:
+        row = demonstration(encoder, example, max_length, "completion")
+    prompt = prompt_length(row["labels"])
+    if max_prompt is not None and not 0 < prompt <= max_prompt:
+        raise Skip(TOO_LONG if prompt else "empty prompt")
+    return row
+
+
+def prompt_length(labels: list[int]) -> int:
+    """How many tokens stand before the first that a loss is taken of."""
+    return next((place for place, label in enumerate(labels) if label != -100), len(labels))
+
+
 def preference(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any]:
     """A row for the pairwise loss: `chosen_ids`, `rejected_ids` and `margin`, None without one. Raises Skip when too long."""
     chosen, _ = encoder.pair(example.prompt, example.chosen or "", example.tools)

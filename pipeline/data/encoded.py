@@ -99,6 +99,13 @@ def demonstrations(context: Context, tok: Any, max_length: int, loss_on: str, ke
     return load(context, encoder, make, settings, key)
 
 
+def answered(context: Context, tok: Any, max_length: int, max_prompt: int | None, *, replies: bool) -> Encoded:
+    """Prompts with their replies, or alone, as `encode.answered` makes them."""
+    encoder = encode.Encoder(tok)
+    settings: dict[str, Any] = {"max_length": max_length, "max_prompt": max_prompt, "replies": replies}
+    return load(context, encoder, lambda example: encode.answered(encoder, example, **settings), settings)
+
+
 def preferences(context: Context, tok: Any, max_length: int) -> Encoded:
     """Rows for the pairwise loss, as `encode.preference` makes them."""
     encoder, settings = encode.Encoder(tok), {"max_length": max_length}

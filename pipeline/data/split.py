@@ -19,7 +19,7 @@ from pipeline.config.schema import Classify, Source
 from pipeline.data import glue
 from pipeline.data.check import Checked
 from pipeline.data.read import Bad, Row, fingerprint, rows
-from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only
+from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only, recognise
 from pipeline.data.texts import NO_TEXT, texts
 from pipeline.errors import UserError
 
@@ -57,7 +57,15 @@ def reader(kind: str, source: Source, key: str) -> Callable[[Row], Example]:
         return _any_text
     if kind in ("sft", "selection") or key == "ptx.data":
         return lambda row: demonstration(row, source.take)
+    if kind == "distill":
+        return lambda row: _answered(row, source.take)
     return preference if kind == "reward" else prompt_only
+
+
+def _answered(row: Row, take: str) -> Example:
+    """Prompt and one reply, or, of a row whose shape has none, the prompt alone."""
+    shape = recognise(row.fields)
+    return prompt_only(row) if shape is not None and shape.name == "prompt" else demonstration(row, take)
 
 
 def _any_text(row: Row) -> Example:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from pipeline.config.distill import Distill
 from pipeline.config.methods import METHODS
 from pipeline.config.recipe import Recipe
 from pipeline.config.recipe import split as split_batch
@@ -134,6 +135,8 @@ def estimate(
     # AdaLoRA's two running means of every weight's importance, in float32 and whole on every rank.
     statistics = 8.0 * trained if block.adapter.method == "adalora" else 0.0
     base = base.plus(gradients=engine.held(trained), optimizer=engine.resident(trained) + average + statistics)
+    if isinstance(block, Distill) and block.lmbda:
+        phases["rollout"] = _rollout(base, block, block.sampling, block.batch // block.deepspeed.ranks, 1, held, engine)
     if isinstance(block, Ppo):
         slots, micro = block.rollout_batch // block.deepspeed.ranks, _micro(block)
         copied = base.plus(copy=_copy(block, held, engine)) if merged or block.sampling.adapter == "merged" else base
@@ -160,11 +163,11 @@ def _with_virtual_tokens(block: Stage) -> Stage:
     if not METHODS[block.adapter.method].prefixed:
         return block
     more = block.adapter.num_virtual_tokens
-    if isinstance(block, Supervised):
+    if isinstance(block, Supervised) and not isinstance(block, Distill):
         return block.model_copy(update={"max_length": block.max_length + more})
-    if isinstance(block, Selection):
+    if isinstance(block, Selection | Distill):
         block = block.model_copy(update={"max_length": block.max_length + more})
-    assert isinstance(block, Ppo | Evaluate | Selection)
+    assert isinstance(block, Ppo | Evaluate | Selection | Distill)
     longer = {"max_prompt_length": block.sampling.max_prompt_length + more}
     return block.model_copy(update={"sampling": block.sampling.model_copy(update=longer)})
 
@@ -178,7 +181,7 @@ def _held(recipe: Recipe, stage: str, engine: Engine, configs: Path | None) -> H
         if not role.head_only:
             shared.setdefault(trunk, []).append((role, form))
 
-    parameters, weights, file = 0, 0.0, 0.0
+    parameters, weights, beside, file = 0, 0.0, 0.0, 0.0
     whole: dict[str, int] = {}  # parameters of the trunk that a role trains whole
     for sharers in shared.values():
         first, form = sharers[0]
@@ -186,8 +189,12 @@ def _held(recipe: Recipe, stage: str, engine: Engine, configs: Path | None) -> H
         other = form.other - (0 if any(role.speaks for role, _ in sharers) else form.head)
         parameters += form.linear + other
         whole |= {role.name: form.linear + other for role, _ in sharers if role.trained}
+        linear = form.linear * (NF4_BYTES if packed else size)
+        if all(role.unsharded for role, _ in sharers):
+            beside += linear + other * size
+            continue
         # Packed weights are sharded as the 16-bit numbers they are stored as on GPUs; on CPUs they are bytes, and whole.
-        weights += form.linear * (NF4_BYTES if packed else size) / (1 if packed and engine.cpu else ranks)
+        weights += linear / (1 if packed and engine.cpu else ranks)
         weights += other * size / ranks
         if packed or engine.level == 3 or STORED.get(form.stored, 2) != size:
             # Converted or sharded while the file is mapped; else its pages are the weights.
@@ -203,7 +210,7 @@ def _held(recipe: Recipe, stage: str, engine: Engine, configs: Path | None) -> H
             groups.append(head + (adapters.trained(role.adapter, form) if role.adapter else whole[role.name]))
     if engine.offload_weights:
         weights = 0.0
-    return Held(shapes, parameters, groups, weights, attached, groups[0] if groups else 0, file)
+    return Held(shapes, parameters, groups, weights + beside, attached, groups[0] if groups else 0, file)
 
 
 def _adapter(role: Role, form: Shape, engine: Engine) -> float:
@@ -315,8 +322,9 @@ class Waiting:
 
 def _supervised(block: Supervised, held: Held, engine: Engine) -> Waiting:
     (policy, form), *_ = held.shapes
-    tokens = _micro(block) * block.max_length * (2 if isinstance(block, Reward) else 1)
-    kept = _saved(block, policy, form, tokens, block.max_length, engine, masked=True)
+    length = block.longest if isinstance(block, Distill) else block.max_length
+    tokens = _micro(block) * length * (2 if isinstance(block, Reward) else 1)
+    kept = _saved(block, policy, form, tokens, length, engine, masked=not isinstance(block, Distill))
     whole = _whole(policy, form, engine)
     if (
         engine.level == 3
@@ -324,6 +332,10 @@ def _supervised(block: Supervised, held: Held, engine: Engine) -> Waiting:
         sharded = _sharded(policy, form, engine)
         whole = max(whole, (min(sharded, REUSE) + min(sharded, engine.prefetch)) * engine.size)
     logits = _fused_head(policy, form, tokens, engine) if isinstance(block, Sft) else 0.0
+    if isinstance(block, Distill):
+        logits = _two_heads(block, policy, form, tokens, engine)
+        teacher, other = held.shapes[1]  # its pass is over before the student's begins
+        kept = max(kept, _passing(block, teacher, other, tokens, length, held, engine) - whole)
     return Waiting(kept, whole, logits)
 
 
@@ -366,6 +378,16 @@ def _saved(block: Stage, role: Role, form: Shape, tokens: int, length: int, engi
     if getattr(block, "gradient_checkpointing", False):
         return form.layers * form.hidden * engine.size * tokens + each / form.layers
     return float(each)
+
+
+def _two_heads(block: Distill, role: Role, form: Shape, tokens: int, engine: Engine) -> float:
+    """One chunk of both models' logits and of what a divergence keeps of them in float32: two log-probabilities, their
+    probabilities and differences, for the generalised JSD the mixture and its terms; and two gradients. All targets at once
+    where ZeRO-3 shards a head that trains. Counted from the formula."""
+    together = engine.level == 3 and role.adapter is None
+    elements = (tokens if together else min(tokens, _chunk(form))) * form.vocabulary
+    kept = 4 if block.beta in (0.0, 1.0) else 9
+    return float(elements * (2 * engine.size + 4 * (kept + 2)))
 
 
 def _fused_head(role: Role, form: Shape, tokens: int, engine: Engine) -> float:

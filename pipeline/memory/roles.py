@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.config.distill import Distill
 from pipeline.config.glue import TASKS
 from pipeline.config.kinds import estimators
 from pipeline.config.methods import METHODS
@@ -19,10 +20,10 @@ class Role:
 
     `model` is the base whose config.json gives the shape; a role that does not speak has a head of `outputs` scores in place
     of the output head; `adapter` is None where the weights themselves are the role's. `head_only` trains that head and nothing
-    below it, on another role's hidden states.
+    below it, on another role's hidden states. `unsharded` weights, if no other role has them, are whole on every rank.
     """
 
-    name: Literal["policy", "reference", "critic", "reward"]
+    name: Literal["policy", "reference", "critic", "reward", "teacher"]
     weights: str
     model: str
     quantization: Literal["nf4"] | None
@@ -31,6 +32,7 @@ class Role:
     trained: bool
     head_only: bool = False
     outputs: int = 1
+    unsharded: bool = False
 
     @property
     def mixes(self) -> bool:
@@ -73,6 +75,8 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
         trained=True,
         outputs=max(1, len(TASKS[block.task].labels)) if isinstance(block, Classify) else 1,
     )
+    if isinstance(block, Distill):
+        return [policy, _teacher(recipe, block)]
     if not isinstance(block, Ppo):
         return [policy]
     continued = start != BASE and block.adapter.continues(recipe.stages[start].adapter)
@@ -83,6 +87,18 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
     if not estimators()[block.advantage_estimator].critic:
         return [policy, reference, *rewards]
     return [policy, reference, _critic(recipe, stage, block, policy, rewards), *rewards]
+
+
+def _teacher(recipe: Recipe, block: Distill) -> Role:
+    """On the student's copy of the weights unless it has others, or the student's method changes those below it."""
+    given = block.teacher
+    if given.stage is not None:
+        found = _published(recipe, given.stage, block.base, "policy")
+    else:
+        model = str(given.model)
+        found = Role("policy", model, model, given.quantization, speaks=True, adapter=None, trained=False)
+    weights = found.weights if METHODS[block.adapter.method].shared else f"{found.weights} of the teacher"
+    return replace(found, name="teacher", weights=weights, unsharded=True)
 
 
 def _critic(recipe: Recipe, stage: str, block: Ppo, policy: Role, rewards: list[Role]) -> Role:

@@ -97,7 +97,7 @@ def assemble(context: Context, parts: dict[str, Part], tok: Any, *, sharded: boo
             config = part.adapter[0] or build.config(
                 context.block.adapter, plain(trunks[trunk]), "CAUSAL_LM", steps, templates.added(tok)
             )
-            trunks[trunk] = _add_adapter(trunks[trunk], name, config, part.adapter[1])
+            trunks[trunk] = add_adapter(trunks[trunk], name, config, part.adapter[1])
         if part.like is not None:
             build.put(trunks[trunk], name, build.state(trunks[trunk], part.like))
         if part.head is not None:
@@ -127,7 +127,8 @@ def _kind(context: Context, part: Part) -> str:
     return METHODS[context.block.adapter.method].peft if given is None else str(given.peft_type.value)
 
 
-def _add_adapter(trunk: Any, name: str, config: PeftConfig, weights: Weights | None) -> Any:
+def add_adapter(trunk: Any, name: str, config: PeftConfig, weights: Weights | None) -> Any:
+    """`trunk`, plain or with adapters already, with one more: that of `config`, and its weights unless it is fresh."""
     if tokens := new_rows.tokens_of(config):  # a reward model's adapter has no rows of an output head that is here
         config.trainable_token_indices = new_rows.indices(plain(trunk), tokens)
     speaks = hasattr(plain(trunk), "prepare_inputs_for_generation")  # PEFT refuses CAUSAL_LM on a classifier

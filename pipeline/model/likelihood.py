@@ -81,7 +81,7 @@ class _FrozenHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         picked, spread, slopes = [], [], []
         for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-            logprobs = _tempered(head(states), temperature)
+            logprobs = tempered(head(states), temperature)
             logprobs -= logprobs.logsumexp(-1, keepdim=True)
             picked.append(logprobs.gather(-1, wanted.unsqueeze(-1)).squeeze(-1))
             shares = logprobs.exp()
@@ -98,7 +98,7 @@ class _FrozenHead(torch.autograd.Function):
         return (gradients[0].unsqueeze(-1) * slopes).to(slopes.dtype), None, None, None, None
 
 
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
+def tempered(logits: Tensor, temperature: float) -> Tensor:
     """`logits` of any float dtype in float32 and over the temperature; finite where they were, though that be the smallest
     number there is, as an added token's."""
     scaled = logits.float() / temperature
@@ -107,7 +107,7 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 def of_logits(logits: Tensor, targets: Tensor, temperature: float, *, learn_entropy: bool) -> tuple[Tensor, Tensor]:
     """The same from logits [N, V] of any float dtype."""
-    scaled = _tempered(logits, temperature)
+    scaled = tempered(logits, temperature)
     normaliser = scaled.logsumexp(-1)
     chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
     with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):

@@ -228,7 +228,7 @@ def _never(token: int) -> Callable[..., torch.Tensor]:
 
 
 @contextmanager
-def _whole_weights() -> Iterator[None]:
+def whole_weights() -> Iterator[None]:
     """Load unsharded although the stage runs under ZeRO-3: one rank alone would wait for the others for ever."""
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()
@@ -272,7 +272,7 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
     )
     config = PeftConfig.from_pretrained(str(baton.path))
     config.task_type = None  # PEFT refuses a language model's adapter on a classifier
-    with _whole_weights():
+    with whole_weights():
         below = (causal if kind == "causal" else classifier)(held, tok, sharded=False)
         transposed = _packed_conv1d(below)
         if held.quantization is not None:  # what the adapter was trained on are the quantised weights' values

@@ -307,6 +307,16 @@ class Roles(nn.Module):
         inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
         return (hidden * inside.unsqueeze(2)).sum(1) / lengths.unsqueeze(1)
 
+    def states(self, role: str, tokens: Tensor) -> tuple[Tensor, nn.Module]:
+        """(what the output head of a role reads at each token, [B, L, H]; that head). Where the model changes its logits
+        after the head, the logits themselves and an identity. Layout as in `log_probs`."""
+        model = self.causal_lm(role)
+        if plain_head(model):
+            return self._hidden(role, tokens), model.get_output_embeddings()
+        whole = self._prefixed(role, tokens)
+        logits = model(input_ids=whole, position_ids=_positions(whole), use_cache=False).logits
+        return logits[:, whole.shape[1] - tokens.shape[1] :], nn.Identity()
+
     def _hidden(self, role: str, tokens: Tensor) -> Tensor:
         self.use(role)
         return self._forward(role, tokens)

@@ -14,6 +14,7 @@ PROGRAMS = {
     "evaluate": "stages.evaluate.__main__:evaluate",
     "selection": "stages.selection.__main__:selection",
     "classify": "stages.classify:classify",
+    "distill": "stages.distill.__main__:distill",
 }
 
 
