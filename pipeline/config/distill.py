@@ -58,11 +58,10 @@ class Distill(Supervised):
             raise ValueError("a student replies with its adapter as it trains; leave out sampling.adapter")
         return self
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text that the student reads."""
+    def longest(self, row: int) -> int:
+        """Tokens of the longest text that the student reads, when the data's longest has `row`."""
         replied = self.sampling.max_prompt_length + self.sampling.max_response_length if self.lmbda else 0
-        return max(self.max_length if self.lmbda < 1 else 0, replied)
+        return max(row, replied)
 
 
 def check_distill(recipe: Recipe, stage: str, block: Distill) -> None:

@@ -322,7 +322,7 @@ class Waiting:
 
 def _supervised(block: Supervised, held: Held, engine: Engine) -> Waiting:
     (policy, form), *_ = held.shapes
-    length = block.longest if isinstance(block, Distill) else block.max_length
+    length = block.longest(block.max_length) if isinstance(block, Distill) else block.max_length
     tokens = _micro(block) * length * (2 if isinstance(block, Reward) else 1)
     kept = _saved(block, policy, form, tokens, length, engine, masked=not isinstance(block, Distill))
     whole = _whole(policy, form, engine)

@@ -22,7 +22,7 @@ from pipeline.model.load import eos_ids, tokenizer
 from pipeline.stage import Context, main
 from stages.by_source import perplexity
 from stages.distill.pair import STUDENT, Pair
-from stages.distill.teacher import taught
+from stages.distill.teacher import check_context, taught
 from stages.distill.training import Distillation
 
 
@@ -38,8 +38,9 @@ def distill(context: Context) -> None:
 
     steps, kept = trainer.whole_batches(context, block, len(data.train), len(held_out))
     arguments = SFTConfig(max_length=None, **trainer.arguments(context, block, steps))
-    start = trainer.ready(context, arguments, parent, tok, "causal", block.longest)
+    start = trainer.ready(context, arguments, parent, tok, "causal", block.longest(data.longest))
     roles = taught(context, block, start.model, start.base, tok, device)
+    check_context(context, roles, block.longest(data.longest))
     pair = Pair(roles, block, tok.pad_token_id, eos_ids(plain(roles.trunks[STUDENT])), sharded=start.zero == 3)
 
     with context.tracker(steps, start.step) as tracker:

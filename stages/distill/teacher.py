@@ -36,7 +36,6 @@ def taught(context: Context, block: Distill, student: Any, base: dict[str, Any],
     teacher = Role(STUDENT if shared else TEACHER, TEACHER if part.adapter is not None else None, trained=False)
     roles = Roles(trunks, {}, {STUDENT: Role(STUDENT, name, trained=True), TEACHER: teacher})
     roles.use(STUDENT)
-    _check_context(context, block, roles)
     if context.is_main:
         where = "on the student's copy of the base's weights" if shared else "a model of its own, whole on every rank"
         print(f"teacher: {where}", flush=True)
@@ -79,14 +78,14 @@ def check_vocabulary(context: Context, given: Teacher, tok: Any) -> None:
         )
 
 
-def _check_context(context: Context, block: Distill, roles: Roles) -> None:
-    """Refuse texts that are longer than one of the two can read."""
+def check_context(context: Context, roles: Roles, longest: int) -> None:
+    """Refuse texts of `longest` tokens where that is more than one of the two can read."""
     for name, role in roles.roles.items():
         text = plain(roles.trunks[role.trunk]).config.get_text_config()
         limit, virtual = getattr(text, "max_position_embeddings", None), len(roles.virtual(name))
-        if limit is not None and block.longest + virtual > limit:
+        if limit is not None and longest + virtual > limit:
             raise UserError(
                 context.recipe.where("stages", context.stage),
-                f"texts of up to {block.longest} tokens, and the {name}'s context holds {limit - virtual}",
+                f"texts of up to {longest} tokens, and the {name}'s context holds {limit - virtual}",
                 fix="lower max_length, sampling.max_prompt_length or sampling.max_response_length",
             )

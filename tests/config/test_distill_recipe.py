@@ -26,7 +26,9 @@ def written(folder: Path, change: dict[str, Any], **outer: Any) -> Path:
     distill = {"kind": "distill", "teacher": "sft", "data": DATA, "lr": 1e-4, **change}
     stages = {name: {"kind": name, "data": DATA, "lr": 1e-4} for name in ("sft", "reward")}
     path = folder / "r.yaml"
-    path.write_text(yaml.safe_dump({"name": "m", "base": {"model": OPT}, "stages": {**stages, "distill": distill}, **outer}))
+    path.write_text(
+        yaml.safe_dump({"name": "m", "base": {"model": OPT}, "stages": {**stages, "distill": distill}, **outer})
+    )
     return path
 
 

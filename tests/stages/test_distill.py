@@ -104,7 +104,12 @@ def test_cuts_of_the_batch_change_nothing(
     for number, (world, micro, zero) in enumerate(((2, 2, 2), (1, 4, 2), (2, 1, 3))):
         run = copied(taught, tmp_path / str(number))
         path = recipe(
-            tmp_path / f"{number}.yaml", tiny_llama, steps=1, lmbda=lmbda, micro_batch=micro, deepspeed={"config": f"zero{zero}"}
+            tmp_path / f"{number}.yaml",
+            tiny_llama,
+            steps=1,
+            lmbda=lmbda,
+            micro_batch=micro,
+            deepspeed={"config": f"zero{zero}"},
         )
         ranks(world).call(RUN, recipe=str(path), stage="distill", run_dir=str(run))
         found.append((weights(run), handoff.open_baton(run / "distill").manifest["metrics"]))

@@ -46,7 +46,9 @@ def test_generalised_jsd(beta: float, temperature: float) -> None:
     expected = [
         jsd(softmax(t, temperature), softmax(s, temperature), beta) for t, s in zip(teacher, student, strict=True)
     ]
-    torch.testing.assert_close(ours(teacher, student, beta, temperature).double(), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours(teacher, student, beta, temperature).double(), torch.tensor(expected), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
