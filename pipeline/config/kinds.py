@@ -43,12 +43,6 @@ KINDS: dict[str, Kind] = {
         base_ok=frozenset({"policy"}),
         sources=("prompts", "ptx.data"),
     ),
-    "distill": Kind(
-        Distill,
-        "stages.distill",
-        {"init": POLICIES, "teacher.stage": POLICIES},
-        base_ok=frozenset({"init", "teacher.stage"}),
-    ),
     "evaluate": Kind(
         Evaluate,
         "stages.evaluate",
@@ -69,6 +63,12 @@ KINDS: dict[str, Kind] = {
         base_ok=frozenset({"necessity.model", "coverage.embedding"}),
     ),
     "classify": Kind(Classify, "stages.classify", {"init": POLICIES}, base_ok=frozenset({"init"}), sources=()),
+    "distill": Kind(
+        Distill,
+        "stages.distill",
+        {"init": POLICIES, "teacher.stage": POLICIES},
+        base_ok=frozenset({"init", "teacher.stage"}),
+    ),
 }
 
 

@@ -59,7 +59,8 @@ class Pair:
             said = [log_probs(logits, width, block.temperature) for logits in (teacher, student)]
             plain = [log_probs(logits, width, 1.0) for logits in (teacher, student)]
             nll = -plain[1].gather(1, targets.unsqueeze(1)).squeeze(1)
-            return torch.stack([divergence(said[0], said[1], block.beta), divergence(*plain, 0.0), nll], dim=1)
+            forward = divergence(plain[0], plain[1], 0.0)
+            return torch.stack([divergence(said[0], said[1], block.beta), forward, nll], dim=1)
 
         with torch.no_grad():
             return self._read(tokens, labels, measure)

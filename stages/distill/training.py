@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class Distillation(SFTTrainer):
         metrics = {"loss": means["divergence"], "forward_kl": means["forward_kl"]}
         metrics |= {} if own else {"nll": means["nll"]}
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(rows))  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(rows))
 
     @torch.no_grad()
     def measured(self, rows: Dataset) -> tuple[Tensor, bool]:
@@ -101,8 +102,8 @@ class Distillation(SFTTrainer):
                 rollout = self.reply(prompts_of(given), noise)
                 given = answered(rollout, torch.arange(len(picked), device=rollout.tokens.device))
             labels = given["labels"].masked_fill((places >= len(rows)).to(self.args.device).unsqueeze(1), -100)
-            asked = given["input_ids"], labels
-            each = through(self.model_wrapped, self.model, lambda asked=asked: self.pair.measured(*asked)).double()
+            call = partial(self.pair.measured, given["input_ids"], labels)
+            each: Tensor = through(self.model_wrapped, self.model, call).double()
             found[:-1] += each.sum(0).cpu()
             found[-1] += len(each)
         found = found.to(self.args.device)

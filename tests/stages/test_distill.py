@@ -154,8 +154,9 @@ def test_a_teacher_from_outside_and_prompts_alone(ranks: Get, tiny_llama: Path, 
         beta=0.0,
         gradient_checkpointing=True,
         deepspeed={"config": "zero3"},
-        steps=6,
-        eval_every=3,
+        steps=4,
+        eval_every=2,
+        eval_rows=8,
         save_every=None,
         publish="best",
     )
@@ -163,18 +164,18 @@ def test_a_teacher_from_outside_and_prompts_alone(ranks: Get, tiny_llama: Path, 
     ranks(2).call(RUN, recipe=str(path), stage="distill", run_dir=str(run))
     lines = [json.loads(line) for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if "eval_loss" in line]
-    assert [line["step"] for line in evaluated] == [3, 6]
+    assert [line["step"] for line in evaluated] == [2, 4, 4], "the last one of what is published"
     assert all("eval_nll" not in line for line in lines), "the data has no replies to take a loss of"
     assert all(line["on_policy"] == 1.0 for line in lines if "on_policy" in line)
     metrics = handoff.open_baton(run / "distill").manifest["metrics"]
     assert metrics["held_out/divergence"] == pytest.approx(metrics["held_out/forward_kl"], rel=1e-5)
-    assert metrics["held_out/divergence"] == pytest.approx(min(line["eval_loss"] for line in evaluated), rel=1e-5)
+    assert metrics["held_out/divergence"] == pytest.approx(min(line["eval_loss"] for line in evaluated[:2]), rel=1e-5)
 
 
 def test_it_comes_nearer_to_the_teacher(ranks: Get, tmp_path: Path) -> None:
     """On the quickstart's base, a student of SFT: every divergence lowers the held-out forward KL by more than a half."""
     base, found = tiny.QUICKSTART / "base", {}
-    changes = {"sft__steps": 30, "sft__batch": 32, "sft__micro_batch": 16, "sft__lr": 2e-3, "sft__save_every": None}
+    changes = {"sft__steps": 20, "sft__batch": 16, "sft__micro_batch": 8, "sft__lr": 2e-3, "sft__save_every": None}
     outer = {f"stages__{key}": value for key, value in changes.items()}
     options: dict[str, dict[str, Any]] = {
         "start": {"steps": 1, "lr": 1e-9},
@@ -183,7 +184,7 @@ def test_it_comes_nearer_to_the_teacher(ranks: Get, tmp_path: Path) -> None:
         "reverse": {"beta": 1.0, "lmbda": 1.0},
     }
     for name, option in options.items():
-        given = {"steps": 20, "lr": 5e-3, "batch": 32, "micro_batch": 16, "save_every": None, "eval_rows": 32, **option}
+        given = {"steps": 12, "lr": 5e-3, "batch": 16, "micro_batch": 8, "save_every": None, **option}
         path = recipe(tmp_path / f"{name}.yaml", base, **outer, **given)
         stages = ["sft", "distill"] if name == "start" else ["distill"]
         for stage in stages:
