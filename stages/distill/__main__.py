@@ -18,7 +18,7 @@ from pipeline.config.distill import Distill
 from pipeline.data import encoded
 from pipeline.model import begin
 from pipeline.model.assemble import plain
-from pipeline.model.load import eos_ids, tokenizer
+from pipeline.model.load import eos_ids
 from pipeline.stage import Context, main
 from stages.by_source import perplexity
 from stages.distill.pair import STUDENT, Pair
@@ -31,7 +31,7 @@ def distill(context: Context) -> None:
     block, parent = cast(Distill, context.block), context.parent("init")
     device = engine.start(block.seed)
 
-    tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
+    tok = begin.tokenizer(context, parent)
     longest_prompt = block.sampling.max_prompt_length if block.lmbda else None
     data = encoded.answered(context, tok, block.max_length, longest_prompt, replies=block.lmbda < 1)
     held_out = data.held_out.select(range(min(len(data.held_out), block.eval_rows)))

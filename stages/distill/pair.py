@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.adapters.new_rows import plain
 from pipeline.config.distill import Distill
 from pipeline.generation.rollout import Rollout
 from pipeline.model import likelihood
@@ -82,11 +83,13 @@ class Pair:
         inputs = (states, own[row, column], tokens[row, column + 1])
 
         def chunk(teacher: Tensor, student: Tensor, targets: Tensor) -> Tensor:
+            self.roles.use(TEACHER)  # its head too may have an adapter, on the student's
             with torch.no_grad():
                 said = taught(teacher)
+            self.roles.use(STUDENT)
             return function(said, head(student), targets)
 
-        size = max(1, likelihood.CHUNK_ELEMENTS // int(getattr(head, "out_features", own.shape[-1])))
+        size = max(1, likelihood.CHUNK_ELEMENTS // int(getattr(plain(head), "out_features", own.shape[-1])))
         learning, trained = torch.is_grad_enabled(), any(p.requires_grad for p in head.parameters())
         chunks = -(-len(row) // size)
         if self.sharded:

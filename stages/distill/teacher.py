@@ -26,12 +26,11 @@ def taught(context: Context, block: Distill, student: Any, base: dict[str, Any],
     check_vocabulary(context, block.teacher, tok)
     name = "default" if hasattr(student, "peft_config") else None
     trunks, shared = {STUDENT: student}, _shares(block, part, base)
-    if shared and part.adapter is not None:
-        trunks[STUDENT] = add_adapter(student, TEACHER, context, *part.adapter)
+    if shared:
+        trunks[STUDENT] = _adapted(student, part)
     if not shared:
         with whole_weights():
-            other = causal(part.base, tok, sharded=False)
-            other = add_adapter(other, TEACHER, context, *part.adapter) if part.adapter is not None else other
+            other = _adapted(causal(part.base, tok, sharded=False), part)
         trunks[TEACHER] = other.eval().to(device)
     teacher = Role(STUDENT if shared else TEACHER, TEACHER if part.adapter is not None else None, trained=False)
     roles = Roles(trunks, {}, {STUDENT: Role(STUDENT, name, trained=True), TEACHER: teacher})
@@ -49,6 +48,15 @@ def _part(context: Context, block: Distill) -> Part:
     assert given.model is not None
     own = {"model": context.recipe.local(given.model), "revision": given.revision, "quantization": given.quantization}
     return Part(block.base.model_copy(update=own | {"dtype": given.dtype or block.base.dtype}))
+
+
+def _adapted(trunk: Any, part: Part) -> Any:
+    """`trunk` with the teacher's adapter, if it has one."""
+    if part.adapter is None:
+        return trunk
+    config, weights = part.adapter
+    assert config is not None
+    return add_adapter(trunk, TEACHER, config, weights)
 
 
 def _shares(block: Distill, part: Part, base: dict[str, Any]) -> bool:

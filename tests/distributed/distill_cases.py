@@ -18,7 +18,6 @@ def sides(recipe: str, run_dir: str, stage: str = "distill") -> dict[str, Any]:
     from pipeline import engine
     from pipeline import stage as stages
     from pipeline.model import begin
-    from pipeline.model.load import tokenizer
     from stages.distill.pair import STUDENT, TEACHER
     from stages.distill.teacher import taught
 
@@ -27,7 +26,7 @@ def sides(recipe: str, run_dir: str, stage: str = "distill") -> dict[str, Any]:
     def look(context: Any) -> None:
         device = engine.start(0)
         parent = context.parent("init")
-        tok = tokenizer(str(parent.path) if parent else context.base)
+        tok = begin.tokenizer(context, parent)
         model, base = begin.model(context, parent, tok, "causal", sharded=False, steps=4, longest=48)
         roles = taught(context, context.block, model, base, tok, device).to(device).eval()
         tokens = torch.tensor([tok("Anna visits the palace. What does she see?")["input_ids"]], device=device)
