@@ -193,6 +193,23 @@ def test_it_comes_nearer_to_the_teacher(ranks: Get, tmp_path: Path) -> None:
     assert all(found[name] < 0.5 * found["start"] for name in ("forward", "jsd", "reverse")), found
 
 
+def test_shipped_chain_shortened(ranks: Get, tmp_path: Path) -> None:
+    """SFT, reward model, PPO and a student of PPO's policy whose adapter is smaller; its manifest names its one teacher."""
+    steps = [f"stages.{stage}.steps=1" for stage in ("sft", "reward", "ppo", "distill")]
+    short = ["stages.ppo.rollout_batch=8", "stages.ppo.eval_rows=4", "stages.distill.eval_rows=8"]
+    short += [f"stages.{stage}.sampling.max_response_length=8" for stage in ("ppo", "distill")]
+    hashes = ranks(2).call(
+        "tests.support.stages:chain", recipe="distill", run_dir=str(tmp_path), overrides=[*steps, *short]
+    )[0]
+    baton = handoff.open_baton(tmp_path / "distill")
+    assert baton.manifest["parents"] == {"ppo": hashes["ppo"]}
+    assert {
+        value.shape[0]
+        for name, value in load_file(baton.path / "adapter_model.safetensors").items()
+        if "lora_A" in name
+    } == {4}
+
+
 def test_share_of_own_replies() -> None:
     """By seed and step alone, about `lmbda` of the steps, none at 0 and all at 1."""
     taken = [on_policy(7, step, 0.3) for step in range(2000)]
