@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.distill import Distill
+from pipeline.config.preference import Dpo, Kto
 from pipeline.config.prepare import Prepare
 from pipeline.config.schema import Classify, Evaluate, Ppo, Reward, Sft, Stage
 from pipeline.config.selection import Selection
 
-POLICIES = frozenset({"sft", "ppo", "distill"})
+POLICIES = frozenset({"sft", "ppo", "distill", "dpo", "kto"})
 REWARDS = frozenset({"reward"})
 DATA = frozenset({"prepare", "selection"})
 """Kinds whose output is rows: any list of data may name them by `stage`."""
@@ -43,6 +44,8 @@ KINDS: dict[str, Kind] = {
         base_ok=frozenset({"policy"}),
         sources=("prompts", "ptx.data"),
     ),
+    "dpo": Kind(Dpo, "stages.preference", {"init": POLICIES}, base_ok=frozenset({"init"})),
+    "kto": Kind(Kto, "stages.preference", {"init": POLICIES}, base_ok=frozenset({"init"})),
     "evaluate": Kind(
         Evaluate,
         "stages.evaluate",

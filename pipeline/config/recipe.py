@@ -24,6 +24,7 @@ from pipeline.config.kinds import DATA, KINDS
 from pipeline.config.methods import METHODS
 from pipeline.config.mixture import check_mixture
 from pipeline.config.ppo import check_ppo
+from pipeline.config.preference import check_preference
 from pipeline.config.schema import (
     REWARD_KEYS,
     Classify,
@@ -490,7 +491,8 @@ def deepspeed_config(recipe: Recipe, stage: str) -> dict[str, Any]:
 def _check_batches(recipe: Recipe, stage: str, block: Stage) -> None:
     ranks = block.deepspeed.ranks
     if isinstance(block, Supervised):
-        split(recipe.where("stages", stage, "batch"), block.batch, ranks, block.micro_batch)
+        micro, _ = split(recipe.where("stages", stage, "batch"), block.batch, ranks, block.micro_batch)
+        check_preference(recipe, stage, micro)
     if isinstance(block, Ppo):
         where = recipe.where("stages", stage, "rollout_batch")
         if block.rollout_batch % block.samples_per_prompt:

@@ -238,6 +238,30 @@ def preference(encoder: Encoder, example: Example, max_length: int) -> dict[str,
     return {"chosen_ids": chosen, "rejected_ids": rejected, "margin": example.margin}
 
 
+def pair(encoder: Encoder, example: Example, max_length: int) -> dict[str, list[int]]:
+    """A row for losses of pairs: `prompt_ids`, and `chosen_ids` and `rejected_ids` with their EOS. Raises Skip when the prompt
+    is empty or, with the longer reply, above `max_length` tokens."""
+    prompt, chosen = _apart(encoder, example, example.chosen or "", max_length)
+    _, rejected = _apart(encoder, example, example.rejected or "", max_length)
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def labelled(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any]:
+    """A row for losses of single replies: `prompt_ids`, `completion_ids` with its EOS, and its `label`. Raises Skip as `pair`."""
+    prompt, reply = _apart(encoder, example, example.chosen or "", max_length)
+    return {"prompt_ids": prompt, "completion_ids": reply, "label": bool(example.label)}
+
+
+def _apart(encoder: Encoder, example: Example, reply: Text, max_length: int) -> tuple[list[int], list[int]]:
+    """(ids of the example's prompt, ids of a reply to it). A reply's first token is predicted from the prompt's last."""
+    asked, said = encoder.prompt(example.prompt), encoder.reply(str(reply))
+    if not asked:
+        raise Skip("empty prompt")
+    if len(asked) + len(said) > max_length:
+        raise Skip(TOO_LONG)
+    return asked, said
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt's token ids, the fields of the data row it came from, and its source's short name."""

@@ -112,6 +112,18 @@ def preferences(context: Context, tok: Any, max_length: int) -> Encoded:
     return load(context, encoder, lambda example: encode.preference(encoder, example, **settings), settings)
 
 
+def pairs(context: Context, tok: Any, max_length: int) -> Encoded:
+    """Rows for losses of pairs, as `encode.pair` makes them."""
+    encoder, settings = encode.Encoder(tok), {"max_length": max_length}
+    return load(context, encoder, lambda example: encode.pair(encoder, example, **settings), settings)
+
+
+def labelled(context: Context, tok: Any, max_length: int) -> Encoded:
+    """Rows for losses of single replies, as `encode.labelled` makes them."""
+    encoder, settings = encode.Encoder(tok), {"max_length": max_length}
+    return load(context, encoder, lambda example: encode.labelled(encoder, example, **settings), settings)
+
+
 def candidates(context: Context, tok: Any, max_length: int, max_prompt: int | None) -> Encoded:
     """Rows to choose from, as `encode.candidate` makes them."""
     encoder, settings = encode.Encoder(tok), {"max_length": max_length, "max_prompt": max_prompt}

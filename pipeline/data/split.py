@@ -19,7 +19,7 @@ from pipeline.config.schema import Classify, Source
 from pipeline.data import glue
 from pipeline.data.check import Checked
 from pipeline.data.read import Bad, Row, fingerprint, rows
-from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only, recognise
+from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only, recognise, unpaired
 from pipeline.data.texts import NO_TEXT, texts
 from pipeline.errors import UserError
 
@@ -59,7 +59,9 @@ def reader(kind: str, source: Source, key: str) -> Callable[[Row], Example]:
         return lambda row: demonstration(row, source.take)
     if kind == "distill":
         return lambda row: _answered(row, source.take)
-    return preference if kind == "reward" else prompt_only
+    if kind == "kto":
+        return unpaired
+    return preference if kind in ("reward", "dpo") else prompt_only
 
 
 def _answered(row: Row, take: str) -> Example:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pipeline.config.distill import Distill
 from pipeline.config.methods import METHODS
+from pipeline.config.preference import Dpo, Kto
 from pipeline.config.recipe import Recipe
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Evaluate, Ppo, Reward, Sampling, Sft, Stage, Supervised
@@ -323,7 +324,7 @@ class Waiting:
 def _supervised(block: Supervised, held: Held, engine: Engine) -> Waiting:
     (policy, form), *_ = held.shapes
     length = block.longest(block.max_length) if isinstance(block, Distill) else block.max_length
-    tokens = _micro(block) * length * (2 if isinstance(block, Reward) else 1)
+    tokens = _micro(block) * length * (2 if isinstance(block, Reward | Dpo) else 1)
     kept = _saved(block, policy, form, tokens, length, engine, masked=not isinstance(block, Distill))
     whole = _whole(policy, form, engine)
     if (
@@ -331,7 +332,7 @@ def _supervised(block: Supervised, held: Held, engine: Engine) -> Waiting:
     ):  # one order of modules, step for step: what is used again soon stays, beside what is prefetched
         sharded = _sharded(policy, form, engine)
         whole = max(whole, (min(sharded, REUSE) + min(sharded, engine.prefetch)) * engine.size)
-    logits = _fused_head(policy, form, tokens, engine) if isinstance(block, Sft) else 0.0
+    logits = _fused_head(policy, form, tokens, engine) if isinstance(block, Sft | Dpo | Kto) else 0.0
     if isinstance(block, Distill):
         logits = _two_heads(block, policy, form, tokens, engine)
         teacher, other = held.shapes[1]  # its pass is over before the student's begins
