@@ -12,6 +12,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -99,6 +101,11 @@ def start(seed: int) -> torch.device:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     seed_all(seed)
+    return device()
+
+
+def device() -> torch.device:
+    """This rank's device."""
     return torch.device(get_accelerator().current_device_name())
 
 
@@ -294,6 +301,29 @@ def initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config
         dist_init_required=False,
     )
     return engine
+
+
+@contextmanager
+def forward_only(module: torch.nn.Module, config: dict[str, Any]) -> Iterator[Any]:
+    """`module` on this rank's device and in evaluation mode, to call without gradients before it trains under `config`.
+
+    Under ZeRO-3 it is an engine that fetches the weights of each module as it is called; its hooks are gone afterwards.
+    """
+    training, held = module.training, None
+    if zero_stage(config) == 3:
+        kept = deepcopy({key: value for key, value in config.items() if key not in ("optimizer", "scheduler")})
+        kept["zero_optimization"].pop("offload_optimizer", None)
+        held, *_ = deepspeed.initialize(model=module, config=kept, dist_init_required=False)
+    elif next(module.parameters()).device != device():
+        module.to(device())
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield held or module
+    finally:
+        if held is not None:
+            held.destroy()
+        module.train(training)
 
 
 def save(

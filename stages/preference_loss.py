@@ -44,7 +44,7 @@ def simpo(pairs: Pairs, beta: float, gamma: float) -> Judged:
 
 
 def cpo(pairs: Pairs, beta: float, alpha: float) -> Judged:
-    """-log sigmoid(beta (log pi(y_w) - log pi(y_l))) + alpha NLL(y_w): Xu et al. 2024, arXiv 2401.08417, equation 7.
+    """-log sigmoid(beta (log pi(y_w) - log pi(y_l))) + alpha NLL(y_w): Xu et al. 2024, arXiv 2401.08417.
 
     The second term is the mean over the chosen reply's tokens, as in its authors' code; the paper writes their sum.
     """
@@ -55,7 +55,7 @@ def cpo(pairs: Pairs, beta: float, alpha: float) -> Judged:
 
 def orpo(pairs: Pairs, beta: float) -> Judged:
     """NLL(y_w) - beta log sigmoid(log odds(y_w) - log odds(y_l)), odds(y) = P(y) / (1 - P(y)) of the geometric mean P over the
-    reply's tokens: Hong et al. 2024, arXiv 2403.07691, equations 1, 4, 6 and 7, where beta is lambda."""
+    reply's tokens: Hong et al. 2024, arXiv 2403.07691, equations 6 and 7, where beta is lambda."""
     chosen, rejected = pairs.per_token()
     losses = -chosen - beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
     return Judged(losses, (beta * chosen).detach(), (beta * rejected).detach())

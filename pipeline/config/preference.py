@@ -1,4 +1,4 @@
-"""Recipe blocks of the stages that learn from preferences without a reward model: `dpo` from pairs, `kto` from labelled replies.
+"""Recipe blocks of the stages that learn from preferences without a reward model: `dpo` from pairs, `kto` from labels.
 
 The names of losses and numbers are TRL's.
 """

@@ -247,7 +247,7 @@ def pair(encoder: Encoder, example: Example, max_length: int) -> dict[str, list[
 
 
 def labelled(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any]:
-    """A row for losses of single replies: `prompt_ids`, `completion_ids` with its EOS, and its `label`. Raises Skip as `pair`."""
+    """A row for losses of single replies: `prompt_ids`, `completion_ids` with EOS, and its `label`. Raises Skip as `pair`."""
     prompt, reply = _apart(encoder, example, example.chosen or "", max_length)
     return {"prompt_ids": prompt, "completion_ids": reply, "label": bool(example.label)}
 
