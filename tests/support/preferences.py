@@ -12,7 +12,15 @@ import yaml
 
 from tests.support import tiny
 
-STAGE: dict[str, Any] = {"init": "sft", "steps": 2, "batch": 8, "micro_batch": 2, "lr": 1e-2, "log_every": 1, "eval_rows": 8}
+STAGE: dict[str, Any] = {
+    "init": "sft",
+    "steps": 2,
+    "batch": 8,
+    "micro_batch": 2,
+    "lr": 1e-2,
+    "log_every": 1,
+    "eval_rows": 8,
+}
 
 
 def files(folder: Path, rows: int = 120) -> dict[str, str]:
@@ -33,7 +41,7 @@ def files(folder: Path, rows: int = 120) -> dict[str, str]:
 
 def recipe(folder: Path, base: Path, stages: dict[str, dict[str, Any]], **changes: Any) -> Path:
     """A short sft stage, and `stages`, each with its `kind` and what differs from STAGE."""
-    path = tiny.recipe(folder / "r.yaml", base, data__holdout=0.2, stages__sft__steps=2, **changes)
+    path = tiny.recipe(folder / "r.yaml", base, **{"data__holdout": 0.2, "stages__sft__steps": 2, **changes})
     value, data = yaml.safe_load(path.read_text()), files(folder)
     value["stages"] = {"sft": value["stages"]["sft"]} | {
         name: {**STAGE, "data": [{"path": data[more["kind"]]}], **more} for name, more in stages.items()
