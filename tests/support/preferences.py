@@ -23,7 +23,7 @@ STAGE: dict[str, Any] = {
 }
 
 
-def files(folder: Path, rows: int = 120) -> dict[str, str]:
+def files(folder: Path, rows: int = 72) -> dict[str, str]:
     """Pairs, and the same replies labelled one by one, alternately the better and the worse."""
     lines = (tiny.QUICKSTART / "preferences.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
     pairs = [json.loads(line) for line in lines]
@@ -41,7 +41,7 @@ def files(folder: Path, rows: int = 120) -> dict[str, str]:
 
 def recipe(folder: Path, base: Path, stages: dict[str, dict[str, Any]], **changes: Any) -> Path:
     """A short sft stage, and `stages`, each with its `kind` and what differs from STAGE."""
-    path = tiny.recipe(folder / "r.yaml", base, **{"data__holdout": 0.2, "stages__sft__steps": 2, **changes})
+    path = tiny.recipe(folder / "r.yaml", base, **{"data__holdout": 0.25, "stages__sft__steps": 2, **changes})
     value, data = yaml.safe_load(path.read_text()), files(folder)
     value["stages"] = {"sft": value["stages"]["sft"]} | {
         name: {**STAGE, "data": [{"path": data[more["kind"]]}], **more} for name, more in stages.items()
@@ -62,6 +62,8 @@ def policy(folder: Path) -> Any:
     """A published policy in plain transformers and PEFT."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
+    import pipeline.adapters  # noqa: F401  (registers Relay's own methods with PEFT)
 
     config = folder / "adapter_config.json"
     if not config.is_file():
