@@ -171,11 +171,16 @@ def train(context: Context, trainer: Any, start: Ready) -> None:
 
 
 def publish(
-    context: Context, start: Ready, write: Callable[[Path], None], metrics: dict[str, float], counts: Counts
+    context: Context,
+    start: Ready,
+    write: Callable[[Path], None],
+    metrics: dict[str, float],
+    counts: Counts,
+    others: dict[str, Counts] | None = None,
 ) -> None:
-    """Hand on what was trained, as `write` puts it into a folder."""
-    method = context.block.adapter.method
-    context.publish(write, base=start.base, method=method, metrics=metrics, counts=counts, zero_stage=start.zero)
+    """Hand on what was trained, as `write` puts it into a folder. `others` are counts of data beside the first key's."""
+    facts: dict[str, Any] = {"base": start.base, "method": context.block.adapter.method, "zero_stage": start.zero}
+    context.publish(write, metrics=metrics, counts=counts, others=others, **facts)
 
 
 class Finished(Exception):

@@ -1,11 +1,12 @@
-"""Write docs/recipe.md, the reference of a recipe's keys, from the schema itself, and docs/methods.md, the fine-tuning
-methods, from their records.
+"""Write docs/recipe.md, the reference of a recipe's keys, from the schema itself; docs/methods.md, the fine-tuning methods,
+from their records; and docs/stages.md, the kinds of stages, from theirs and the programs themselves.
 
 python scripts/recipe_reference.py
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from pipeline.config import distill, schema, selection
-from pipeline.config.kinds import KINDS
+from pipeline.config.kinds import DATA, KINDS, POLICIES, REWARDS, Kind
 from pipeline.config.methods import METHODS, Method
 from pipeline.config.prepare import STEPS
 from pipeline.config.recipe import INHERITED
@@ -168,6 +169,7 @@ def methods() -> str:
         "shared": "PPO",
         "continued": "continued",
         "packs": "packing",
+        "combines": "merge stage",
         "rows": "added tokens",
     }
     about = ["| method | paper | what trains | trained parameters | choose it |", "|---|---|---|---|---|"]
@@ -197,6 +199,102 @@ def methods() -> str:
     return "\n\n".join([*(part.strip("\n") for part in parts), METHODS_TAIL])
 
 
+STAGES_HEAD = """# The stages
+
+A recipe's stages are of these kinds; each is one program, `deepspeed --module stages.NAME`, that opens with what it trains and
+reads top to bottom. This page is written by `python scripts/recipe_reference.py` from `pipeline/config/kinds.py` and the
+programs themselves. Keys and defaults are in [recipe.md](recipe.md); how a kind is added is in
+[adding_a_stage.md](adding_a_stage.md).
+
+Under *starts from* and *data* are keys of the stage's block. A key that names a stage takes any that hands on what is said
+here, `base` too where it says so; data are files, hub data sets, or a stage that hands on rows.
+"""
+
+STAGES_TAIL = """Which stages run after which is what their keys say. Two stages that name one above them share it: it runs
+once, and a second run finds it up to date. Shipped chains: `relay run quickstart` (sft, reward, ppo, evaluate), `domain`
+(pretrain, sft, reward, ppo), `mods` (prepare, reward, selection, sft) and `distill` (sft, reward, ppo, distill, export), on
+data that ships with them.
+
+## Continued pre-training
+
+A `pretrain` stage reads plain text: rows with a column `text`, or `.txt` files, each one document. A document ends with EOS.
+One above `max_length` tokens is cut into pieces of which each begins with the last token of the one before, so that every
+token but a document's first is predicted once; pieces are then packed as in [mixtures.md](mixtures.md), best fit decreasing,
+and none sees another. Where rows of a sequence would see each other (OPT, prompt tuning, other attention), pieces train one
+by one.
+
+Before the first step and after the last the stage measures perplexity per token, over documents cut in the same way, on at
+most `eval_rows` pieces of each text:
+
+| metric | text |
+|---|---|
+| `held_out/domain/perplexity` | documents of `data` that `data.holdout` keeps from every stage |
+| `held_out/general/perplexity` | all of `general`, which no stage of the recipe may learn from |
+| `held_out/domain/<source>/perplexity` | each source of `data`, where there are several |
+
+with `before/` in front for those before. `pieces` and `sequences` are what the training documents became. The first numbers
+lie beside the checkpoints: a stage that was killed goes on and publishes the same bytes.
+
+## Merging adapters
+
+```yaml
+merge: {kind: merge, of: [sft_a, sft_b], combination: ties, density: 0.5, weights: [1.0, 0.5]}
+```
+
+PEFT's `add_weighted_adapter` combines LoRA, QLoRA and rsLoRA adapters on one base (checked by content); other methods are
+refused. `linear`, `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` work on the factors A and B apart, as PEFT has it:
+the change is then not the sum of the changes. `cat` is, at the sum of the ranks. What comes out has the stage's own rank and
+scale, so that a next stage can go on training it. Stages of other runs cannot be named yet.
+"""
+
+
+def _handed_on(name: str) -> str:
+    for kinds, what in ((POLICIES, "policy"), (REWARDS, "reward model"), (DATA, "rows")):
+        if name in kinds:
+            return what
+    return {"evaluate": "measurements", "classify": "classifier"}.get(name, "")
+
+
+def _named(kind: Kind, key: str) -> str:
+    wanted = sorted({_handed_on(name) for name in kind.inputs[key]})
+    return f"`{key}`: {' or '.join(wanted)}" + (", `base`" if key in kind.base_ok else "")
+
+
+def _program(kind: Kind) -> Path:
+    place = DOCS.parent / kind.module.replace(".", "/")
+    return place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+
+
+def _trainer(kind: Kind) -> str:
+    """What trains: the trainers that the program's files import, or nothing."""
+    program = _program(kind)
+    files = sorted(program.parent.glob("*.py")) if program.name == "__main__.py" else [program]
+    imported = [
+        name.name
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module in ("trl", "transformers")
+        for name in node.names
+        if name.name.endswith("Trainer")
+    ]
+    if imported:
+        return ", ".join(f"`{name}`" for name in imported)
+    return "Relay's own loop" if issubclass(kind.schema, schema.Training) else "nothing"
+
+
+def stages() -> str:
+    """docs/stages.md."""
+    lines = ["| kind | what it does | starts from | data | hands on | trained by |", "|---|---|---|---|---|---|"]
+    for name, kind in KINDS.items():
+        about = (ast.get_docstring(ast.parse(_program(kind).read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+        about = " ".join(about.split()).rstrip(".")
+        starts = "; ".join(_named(kind, key) for key in kind.inputs)
+        data = ", ".join(f"`{key}`" + (" (measured only)" if key in kind.measured else "") for key in kind.sources)
+        lines.append(f"| `{name}` | {about} | {starts} | {data} | {_handed_on(name)} | {_trainer(kind)} |")
+    return "\n".join([STAGES_HEAD, *lines, "", STAGES_TAIL])
+
+
 if __name__ == "__main__":
+    (DOCS / "stages.md").write_text(stages(), encoding="utf-8")
     (DOCS / "recipe.md").write_text(page(), encoding="utf-8")
     (DOCS / "methods.md").write_text(methods(), encoding="utf-8")

@@ -22,15 +22,21 @@ class BySource(TrainerCallback):
         self.metrics: dict[str, float] = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.metrics = self.measure()
+        if self.metrics:
+            self.tracker.log(state.global_step, self.metrics)
+
+    def measure(self) -> dict[str, float]:
+        """Loss and perplexity of every source's rows now. Collective."""
+        found: dict[str, float] = {}
         if not self.places:
-            return
-        sums = losses(self.training, self.rows, args.per_device_eval_batch_size)
-        self.metrics = {}
+            return found
+        sums = losses(self.training, self.rows, self.training.args.per_device_eval_batch_size)
         for name, places in self.places.items():
             loss, tokens = sums[places].sum(0).tolist()
             loss = loss / max(tokens, 1.0)
-            self.metrics |= {f"held_out/{name}/loss": loss, f"held_out/{name}/perplexity": perplexity(loss)}
-        self.tracker.log(state.global_step, self.metrics)
+            found |= {f"held_out/{name}/loss": loss, f"held_out/{name}/perplexity": perplexity(loss)}
+        return found
 
 
 def perplexity(loss: float) -> float:

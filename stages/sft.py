@@ -9,7 +9,7 @@ sequence and none sees another. It does not learn from images.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from trl import SFTConfig, SFTTrainer
 
@@ -21,6 +21,7 @@ from pipeline.data.encoded import demonstrations
 from pipeline.model import begin
 from pipeline.stage import Context, main
 from stages.by_source import BySource, perplexity
+from stages.packed_trainer import PackedTrainer
 
 
 def sft(context: Context) -> None:
@@ -61,20 +62,6 @@ def sft(context: Context) -> None:
 
     write = begin.writer(training.model, tok, start.base)
     trainer.publish(context, start, write, metrics, data.counts)
-
-
-class PackedTrainer(SFTTrainer):
-    """Counts tokens: without an attention mask TRL takes the width of a micro-batch for their number."""
-
-    _total_train_tokens: int
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        before, tokens = self._total_train_tokens, inputs["input_ids"] != self.processing_class.pad_token_id
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.model.training:
-            self._total_train_tokens = before + int(self.accelerator.gather(tokens.sum()).sum())
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        return loss
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.architectures import HOLD_BIASES, PACK, PACK_ATTENTION, names
+from pipeline.config.export import Export
 from pipeline.config.kinds import DATA, estimators
 from pipeline.config.methods import METHODS
 from pipeline.config.schema import Adapter, Frozen, Ppo, Stage, reward_stages
@@ -187,6 +188,19 @@ def check_attention(recipe: Recipe, stage: str) -> None:
         )
 
 
+def check_export(recipe: Recipe, stage: str, block: Export) -> None:
+    """Raise UserError for a policy whose adapter cannot become part of the base."""
+    adapter = recipe.stages[block.policy].adapter
+    why = unmergeable(adapter, known_config(recipe.local(block.base.model)).get("model_type"))
+    if why is not None:
+        raise UserError(
+            recipe.where("stages", stage, "policy"),
+            f"stage {block.policy}, whose {adapter.method} adapter cannot become part of the base: {why}",
+            expected="a full model, or an adapter that merges",
+            fix=f"write `adapter: {{method: {METHODS[adapter.method].instead}}}` in stage {block.policy}",
+        )
+
+
 def _check_parents(recipe: Recipe, stage: str, block: Stage, family: str | None) -> None:
     """A stage of another method builds on its parent's adapter merged into the base: it must be one that merges."""
     starts = [(key, getattr(block, key), False) for key in ("init", "policy") if hasattr(block, key)]
@@ -202,10 +216,8 @@ def _check_parents(recipe: Recipe, stage: str, block: Stage, family: str | None)
         parent = recipe.stages[name].adapter
         if parent.is_full or (block.adapter.continues(parent) and not whole):
             continue
-        method, why = METHODS[parent.method], METHODS[parent.method].why
-        if method.mergeable and parent.method == "bitfit" and family is not None and family not in HOLD_BIASES:
-            why = f"{family} has no place for all of its biases"
-        elif method.mergeable:
+        method, why = METHODS[parent.method], unmergeable(parent, family)
+        if why is None:
             continue
         builds = "a critic with weights of its own" if whole else block.adapter.method
         raise UserError(
@@ -214,6 +226,19 @@ def _check_parents(recipe: Recipe, stage: str, block: Stage, family: str | None)
             expected=f"{parent.method} with the same keys here, or a parent that merges",
             fix=f"write `adapter: {{method: {method.instead}}}` in stage {name}",
         )
+
+
+def unmergeable(adapter: Adapter, family: str | None) -> str | None:
+    """Why an adapter cannot become part of the weights of a base of `family`; None if it can."""
+    method = METHODS[adapter.method]
+    if method.mergeable and adapter.method == "bitfit" and family is not None and family not in HOLD_BIASES:
+        return f"{family} has no place for all of its biases"
+    return None if method.mergeable else method.why
+
+
+def can_pack(block: Stage, family: str) -> bool:
+    """Whether rows packed into one sequence do not see each other: by the method, the attention and the base's model_type."""
+    return METHODS[block.adapter.method].packs and block.base.attn_implementation in PACK_ATTENTION and family in PACK
 
 
 def known_config(model: str) -> dict[str, Any]:

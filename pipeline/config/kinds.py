@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.distill import Distill
+from pipeline.config.export import Export
+from pipeline.config.merge import Merge
 from pipeline.config.preference import Dpo, Kto
 from pipeline.config.prepare import Prepare
+from pipeline.config.pretrain import Pretrain
 from pipeline.config.schema import Classify, Evaluate, Ppo, Reward, Sft, Stage
 from pipeline.config.selection import Selection
 
-POLICIES = frozenset({"sft", "ppo", "distill", "dpo", "kto"})
+POLICIES = frozenset({"pretrain", "sft", "ppo", "dpo", "kto", "distill", "merge", "export"})
 REWARDS = frozenset({"reward"})
 DATA = frozenset({"prepare", "selection"})
 """Kinds whose output is rows: any list of data may name them by `stage`."""
@@ -22,8 +25,8 @@ DATA = frozenset({"prepare", "selection"})
 class Kind:
     """`inputs` maps a key of the stage's block to the kinds it may name; `base_ok` keys also accept the word `base`.
 
-    Keys are dotted. `sources` are those that list data; a classify stage's data is its task's. `model`: whether the stage has a
-    model at all.
+    Keys are dotted. `sources` are those that list data, `measured` those of them that a stage only measures itself on, whole;
+    a classify stage's data is its task's. `model`: whether the stage has a model at all.
     """
 
     schema: type[Stage]
@@ -31,6 +34,7 @@ class Kind:
     inputs: dict[str, frozenset[str]]
     base_ok: frozenset[str] = frozenset()
     sources: tuple[str, ...] = ("data",)
+    measured: tuple[str, ...] = ()
     model: bool = True
 
 
@@ -53,6 +57,14 @@ KINDS: dict[str, Kind] = {
         base_ok=frozenset({"model", "against"}),
         sources=("prompts",),
     ),
+    "pretrain": Kind(
+        Pretrain,
+        "stages.pretrain",
+        {"init": POLICIES},
+        base_ok=frozenset({"init"}),
+        sources=("data", "general"),
+        measured=("general",),
+    ),
     "prepare": Kind(Prepare, "stages.prepare", {}, model=False),
     "selection": Kind(
         Selection,
@@ -65,6 +77,8 @@ KINDS: dict[str, Kind] = {
         },
         base_ok=frozenset({"necessity.model", "coverage.embedding"}),
     ),
+    "merge": Kind(Merge, "stages.merge", {"of": POLICIES}, sources=()),
+    "export": Kind(Export, "stages.export", {"policy": POLICIES}, sources=()),
     "classify": Kind(Classify, "stages.classify", {"init": POLICIES}, base_ok=frozenset({"init"}), sources=()),
     "distill": Kind(
         Distill,

@@ -40,6 +40,7 @@ class Method:
     - conv1d: works on GPT-2's layers, which are transposed
     - shared: several roles can have such an adapter on one copy of the base
     - continued: the next stage can go on training a copy of the adapter
+    - combines: adapters of several stages can be added up to one
     - rows: rows of the embeddings for tokens that the recipe adds train beside it
     - prefixed: virtual tokens stand before the text and take part of the model's context
     - packs: several rows can be packed into one sequence
@@ -64,6 +65,7 @@ class Method:
     conv1d: bool = True
     shared: bool = True
     continued: bool = True
+    combines: bool = False
     rows: bool = False
     prefixed: bool = False
     packs: bool = True
@@ -90,6 +92,7 @@ METHODS: dict[str, Method] = {
         "first; everything works with it",
         "LORA",
         LORA,
+        combines=True,
         additive=True,
         mixed=True,
         rows=True,
@@ -101,6 +104,7 @@ METHODS: dict[str, Method] = {
         "when the base in 16 bits does not fit",
         "LORA",
         LORA,
+        combines=True,
         additive=True,
         mixed=True,
         rows=True,
@@ -112,6 +116,7 @@ METHODS: dict[str, Method] = {
         "for ranks of 64 and more, at which LoRA's own scale slows learning",
         "LORA",
         LORA,
+        combines=True,
         additive=True,
         mixed=True,
         rows=True,

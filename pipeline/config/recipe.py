@@ -19,8 +19,11 @@ from pydantic import ValidationError
 
 from pipeline.config.block import closest
 from pipeline.config.distill import Distill, check_distill
-from pipeline.config.fitting import check_attention, check_method
+from pipeline.config.export import Export
+from pipeline.config.fitting import check_attention, check_export, check_method
 from pipeline.config.kinds import DATA, KINDS
+from pipeline.config.measured import check_measured
+from pipeline.config.merge import Merge, check_merge
 from pipeline.config.methods import METHODS
 from pipeline.config.mixture import check_mixture
 from pipeline.config.ppo import check_ppo
@@ -377,6 +380,7 @@ def _check(recipe: Recipe) -> None:
         _check_batches(recipe, stage, block)
         check_mixture(recipe, stage)
         check_tokens(recipe, stage)
+        check_measured(recipe, stage)
         if isinstance(block, Ppo):
             check_ppo(recipe, stage, block)
         if isinstance(block, Distill):
@@ -409,6 +413,10 @@ def _check(recipe: Recipe) -> None:
     for stage, block in recipe.stages.items():
         if isinstance(block, Selection):
             check_selection(recipe, stage, block)
+        if isinstance(block, Merge):
+            check_merge(recipe, stage, block)
+        if isinstance(block, Export):
+            check_export(recipe, stage, block)
 
 
 def _check_split(recipe: Recipe) -> None:

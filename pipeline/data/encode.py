@@ -229,6 +229,11 @@ def prompt_length(labels: list[int]) -> int:
     return next((place for place, label in enumerate(labels) if label != -100), len(labels))
 
 
+def document(encoder: Encoder, example: Example) -> dict[str, list[int]]:
+    """A text, however long: `input_ids`, with the tokenizer's opening tokens and a closing EOS."""
+    return {"input_ids": encoder.prompt("") + encoder.reply(str(example.chosen))}
+
+
 def preference(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any]:
     """A row for the pairwise loss: `chosen_ids`, `rejected_ids` and `margin`, None without one. Raises Skip when too long."""
     chosen, _ = encoder.pair(example.prompt, example.chosen or "", example.tools)

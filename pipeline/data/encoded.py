@@ -124,6 +124,12 @@ def labelled(context: Context, tok: Any, max_length: int) -> Encoded:
     return load(context, encoder, lambda example: encode.labelled(encoder, example, **settings), settings)
 
 
+def documents(context: Context, tok: Any, key: str | None = None) -> Encoded:
+    """Whole texts, as `encode.document` makes them."""
+    encoder = encode.Encoder(tok)
+    return load(context, encoder, lambda example: encode.document(encoder, example), {}, key)
+
+
 def candidates(context: Context, tok: Any, max_length: int, max_prompt: int | None) -> Encoded:
     """Rows to choose from, as `encode.candidate` makes them."""
     encoder, settings = encode.Encoder(tok), {"max_length": max_length, "max_prompt": max_prompt}
@@ -149,7 +155,8 @@ def load(
 
     Collective. Raises UserError, on every rank, when a source is unreadable or no row is left to train on.
     """
-    key = key or KINDS[context.block.kind].sources[0]
+    kind = KINDS[context.block.kind]
+    key = key or kind.sources[0]
     identity = _identity(context, encoder, settings, key)
     folder = context.run_dir / ROWS / f"{context.stage}.{key}" / digest(identity)[:16]
 
@@ -164,8 +171,8 @@ def load(
     engine.on_main(write)
     record = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
     counts = {source: Counter(found) for source, found in record["counts"].items()}
-    parts = {part: _with_source(table.read(folder / f"{part}.arrow", record["incomplete"])) for part in PARTS}
-    if not len(parts["train"][0]) and context.block.kind != "evaluate":
+    parts = {part: with_source(table.read(folder / f"{part}.arrow", record["incomplete"])) for part in PARTS}
+    if not len(parts["train"][0]) and context.block.kind != "evaluate" and key not in kind.measured:
         raise UserError(
             context.recipe.where("stages", context.stage, key),
             "no training row is left: " + _told(counts),
@@ -182,7 +189,7 @@ def load(
     return Encoded(train, held_out, counts, record["longest"], names, train_from, held_out_from, folder)
 
 
-def _with_source(rows: Dataset) -> tuple[Dataset, mix.Numbers]:
+def with_source(rows: Dataset) -> tuple[Dataset, mix.Numbers]:
     """(rows without the column that says their source, and that column, in memory)."""
     if not len(rows):
         return rows, np.empty(0, dtype=np.int64)

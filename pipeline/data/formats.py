@@ -16,11 +16,13 @@ from typing import BinaryIO
 from pipeline.data.columnar import arrow_rows, parquet_rows
 from pipeline.data.delimited import csv_rows
 from pipeline.data.json_rows import line_rows, list_rows, object_lines
-from pipeline.data.lines import LOST
+from pipeline.data.lines import LIMIT, LOST, too_long
 from pipeline.data.row import Bad, Row
 from pipeline.errors import UserError
 
-TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
+DOCUMENTS = (".txt", ".txt.gz", ".txt.zst")
+"""Files that are one row."""
 SUFFIXES = (*(kind + packed for kind in TEXT for packed in ("", ".gz", ".zst")), ".parquet", ".arrow")
 BOM = b"\xef\xbb\xbf"
 
@@ -66,12 +68,25 @@ def _text_rows(file: Path, name: str) -> Iterator[Row | Bad]:
         start = len(stream.read(3)) if head[:3] == BOM else 0  # Excel writes a byte-order mark
         if name.endswith((".csv", ".tsv")):
             yield from csv_rows(stream, str(file), "\t" if name.endswith(".tsv") else ",", start)
+        elif name.endswith(".txt"):
+            yield document(stream, str(file), start)
         elif name.endswith(".json") and stream.peek(2**16).lstrip()[:1] != b"{":  # type: ignore[attr-defined]
             yield from list_rows(stream, str(file), start)
         elif name.endswith(".json"):
             yield from object_lines(stream, str(file), start)
         else:
             yield from line_rows(stream, str(file), start)
+
+
+def document(stream: BinaryIO, name: str, start: int) -> Row | Bad:
+    """A file that is one text."""
+    data = stream.read(LIMIT + 1)
+    if len(data) > LIMIT:
+        return too_long(name, 1)
+    try:
+        return Row({"text": data.decode("utf-8")}, name, 1)
+    except UnicodeDecodeError as error:
+        return Bad(name, 1, "not UTF-8", f"byte {start + error.start}")
 
 
 def _opened(file: Path) -> BinaryIO:

@@ -28,9 +28,7 @@ LENGTHS = "seq_lengths"
 def packed(context: Context, data: Encoded, max_length: int) -> Dataset:
     """The training rows in sequences of up to `max_length` tokens, with the lengths of the rows in each, as TRL packs them:
     best fit decreasing (Ding et al. 2024, arXiv 2404.10830), a thousand rows at a time. Collective; kept beside the rows."""
-    block: Any = context.block
-    mixture = [block.mix and block.mix.temperature, *(source.weight for source in block.data)]
-    file = data.folder / f"packed-{digest([max_length, len(data.train), mixture, block.seed])[:16]}.arrow"
+    file = data.folder / f"packed-{choice(context, data, max_length)}.arrow"
 
     def write() -> None:
         if not file.is_file():
@@ -41,6 +39,13 @@ def packed(context: Context, data: Encoded, max_length: int) -> Dataset:
 
     engine.on_main(write)
     return Dataset.from_file(str(file))
+
+
+def choice(context: Context, data: Encoded, max_length: int) -> str:
+    """A short name of which rows were chosen, and of how long they may be together."""
+    block: Any = context.block
+    mixture = [block.mix and block.mix.temperature, *(source.weight for source in block.data)]
+    return digest([max_length, len(data.train), mixture, block.seed])[:16]
 
 
 @dataclass(frozen=True)

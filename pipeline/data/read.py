@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.formats import SUFFIXES, file_rows
+from pipeline.data.formats import DOCUMENTS, SUFFIXES, file_rows
 from pipeline.data.row import Bad as Bad
 from pipeline.data.row import Row as Row
 from pipeline.errors import UserError
@@ -22,7 +22,8 @@ BESIDE = {DICTIONARY, "dataset_info.json", "state.json"}
 def files(path: str, split: str = "train") -> list[Path]:
     """The data files `path` names (a file, a folder's files, or a glob), sorted; empty when it names nothing local.
 
-    Of a folder that `datasets` saved with several splits, the files of `split`.
+    Of a folder that `datasets` saved with several splits, the files of `split`. Text files in a folder are its data if there
+    is nothing else; beside other data they are notes.
     """
     place = Path(path)
     if place.is_file():
@@ -33,7 +34,9 @@ def files(path: str, split: str = "train") -> list[Path]:
         found = [p for p in place.rglob("*") if not any(part.startswith(".") for part in p.relative_to(place).parts)]
     else:
         found = [Path(p) for p in glob.glob(path, recursive=True)]
-    return sorted(p for p in found if p.name.lower().endswith(SUFFIXES) and p.name not in BESIDE and p.is_file())
+    found = sorted(p for p in found if p.name.lower().endswith(SUFFIXES) and p.name not in BESIDE and p.is_file())
+    rows_only = [p for p in found if not p.name.lower().endswith(DOCUMENTS)] if place.is_dir() else []
+    return rows_only or found
 
 
 def is_hub_id(path: str) -> bool:

@@ -112,6 +112,14 @@ def demonstration(row: Row, take: str) -> Example:
     return _one_reply(row, shape)
 
 
+def document(row: Row) -> Example:
+    """A plain text: the reply to no prompt."""
+    shape = _known(row)
+    if shape.name != "text":
+        raise Skip("not plain text: a row of it has a column `text` and no prompt")
+    return _one_reply(row, shape)
+
+
 def unpaired(row: Row) -> Example:
     """Prompt, one reply, and whether it is a good one."""
     shape, value = _known(row), row.fields.get("label")

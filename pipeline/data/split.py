@@ -19,7 +19,17 @@ from pipeline.config.schema import Classify, Source
 from pipeline.data import glue
 from pipeline.data.check import Checked
 from pipeline.data.read import Bad, Row, fingerprint, rows
-from pipeline.data.shape import Example, Skip, demonstration, plain, preference, prompt_only, recognise, unpaired
+from pipeline.data.shape import (
+    Example,
+    Skip,
+    demonstration,
+    document,
+    plain,
+    preference,
+    prompt_only,
+    recognise,
+    unpaired,
+)
 from pipeline.data.texts import NO_TEXT, texts
 from pipeline.errors import UserError
 
@@ -59,6 +69,8 @@ def reader(kind: str, source: Source, key: str) -> Callable[[Row], Example]:
         return lambda row: demonstration(row, source.take)
     if kind == "distill":
         return lambda row: _answered(row, source.take)
+    if kind == "pretrain":
+        return document
     if kind == "kto":
         return unpaired
     return preference if kind in ("reward", "dpo") else prompt_only
@@ -96,7 +108,7 @@ def place(recipe: Recipe, stage: str, run_dir: Path, key: str | None = None) -> 
                 yield Placed(number, source, row, reason=str(reason), bad=reason.bad)
                 continue
             here = position(plain(example.prompt) or plain(example.chosen or ""))
-            if here < block.holdout:
+            if here < block.holdout or key in KINDS[block.kind].measured:
                 yield Placed(number, source, row, "held_out", example)
             elif low <= (here - block.holdout) / (1.0 - block.holdout) < high:
                 yield Placed(number, source, row, "train", example)

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config.distill import Distill
+from pipeline.config.export import Export
+from pipeline.config.merge import Merge
 from pipeline.config.methods import METHODS
 from pipeline.config.preference import Dpo, Kto
+from pipeline.config.pretrain import Pretrain
 from pipeline.config.recipe import Recipe
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Evaluate, Ppo, Reward, Sampling, Sft, Stage, Supervised
@@ -123,6 +126,10 @@ def estimate(
         phases["scoring"] = _scoring(base, block, block.sampling, block.micro_batch or 32, held, engine)
         return Need(held.parameters, 0, phases)
 
+    if isinstance(block, Merge):
+        return Need(held.parameters, 0, {"combining": base})
+    if isinstance(block, Export):  # merged in float32, and a copy in the dtype that is written
+        return Need(held.parameters, 0, {"merging": base.plus(copy=4.0 * held.parameters)})
     if isinstance(block, Selection):
         read = Sampling(max_prompt_length=block.max_length, max_response_length=1)
         if block.necessity is not None:
@@ -332,7 +339,7 @@ def _supervised(block: Supervised, held: Held, engine: Engine) -> Waiting:
     ):  # one order of modules, step for step: what is used again soon stays, beside what is prefetched
         sharded = _sharded(policy, form, engine)
         whole = max(whole, (min(sharded, REUSE) + min(sharded, engine.prefetch)) * engine.size)
-    logits = _fused_head(policy, form, tokens, engine) if isinstance(block, Sft | Dpo | Kto) else 0.0
+    logits = _fused_head(policy, form, tokens, engine) if isinstance(block, Sft | Pretrain | Dpo | Kto) else 0.0
     if isinstance(block, Distill):
         logits = _two_heads(block, policy, form, tokens, engine)
         teacher, other = held.shapes[1]  # its pass is over before the student's begins

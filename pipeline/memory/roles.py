@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.config.distill import Distill
+from pipeline.config.export import Export
 from pipeline.config.glue import TASKS
 from pipeline.config.kinds import estimators
+from pipeline.config.merge import Merge
 from pipeline.config.methods import METHODS
 from pipeline.config.recipe import BASE, Recipe
 from pipeline.config.schema import Adapter, Base, Classify, Evaluate, Ppo, Reward, Stage, reward_stages
@@ -60,6 +62,9 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
     if isinstance(block, Evaluate):
         sides = [_published(recipe, name, block.base, "policy") for name in (block.model, block.against)]
         return sides + [_published(recipe, name, block.base, "reward") for name in block.reward]
+    if isinstance(block, Merge | Export):
+        model = recipe.stages[block.of[0] if isinstance(block, Merge) else block.policy].base.model
+        return [Role("policy", model, model, None, speaks=True, adapter=None, trained=False)]
     if isinstance(block, Selection):
         return _selecting(recipe, block)
     full = block.adapter.is_full
@@ -142,6 +147,8 @@ def _published(recipe: Recipe, name: str, base: Base, role: Literal["policy", "r
 def _standing(recipe: Recipe, name: str) -> str:
     """Whose weights the output of stage `name` stands on: its own after full training, else those below its adapter."""
     block = recipe.stages[name]
+    if isinstance(block, Merge):
+        return _standing(recipe, block.of[0])
     return f"output of {name}" if block.adapter.is_full else _below(recipe, name, _start(block))
 
 

@@ -53,7 +53,7 @@ def test_recipes_that_cannot_work(tmp_path: Path, change: dict[str, Any], told: 
 
 def test_shipped_recipe_is_a_chain() -> None:
     recipe = load("distill")
-    assert recipe.order() == ["sft", "reward", "ppo", "distill"]
+    assert recipe.order() == ["sft", "reward", "ppo", "distill", "export"]
     assert recipe.parents("distill") == ["ppo"]
 
 

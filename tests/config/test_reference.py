@@ -17,6 +17,12 @@ def test_recipe_reference_is_up_to_date() -> None:
 
 
 @pytest.mark.fast
+def test_stages_page_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "scripts" / "recipe_reference.py"))["stages"]()
+    assert (ROOT / "docs" / "stages.md").read_text(encoding="utf-8") == page, "run python scripts/recipe_reference.py"
+
+
+@pytest.mark.fast
 def test_methods_page_is_up_to_date() -> None:
     page = runpy.run_path(str(ROOT / "scripts" / "recipe_reference.py"))["methods"]()
     assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == page, "run python scripts/recipe_reference.py"

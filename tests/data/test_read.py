@@ -129,9 +129,9 @@ def test_utf16_and_unknown_suffixes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "wide.csv").write_bytes("text\nhello\n".encode("utf-16"))
     with pytest.raises(UserError, match="UTF-16 text\n  expected UTF-8\n  fix: iconv"):
         list(rows(str(tmp_path / "wide.csv")))
-    (tmp_path / "book.txt").write_text("Once upon a time.")
-    with pytest.raises(UserError, match=r"no format is known by the suffix \.txt"):
-        list(rows(str(tmp_path / "book.txt")))
+    (tmp_path / "book.docx").write_text("Once upon a time.")
+    with pytest.raises(UserError, match=r"no format is known by the suffix \.docx"):
+        list(rows(str(tmp_path / "book.docx")))
 
 
 def test_a_file_deleted_before_its_turn_is_named(tmp_path: Path) -> None:

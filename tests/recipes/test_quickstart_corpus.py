@@ -59,7 +59,8 @@ def test_judge_scores_pairwise() -> None:
 
 
 def test_generation_is_a_function_of_the_seed() -> None:
-    for make in (corpus.pretraining_text, corpus.demonstrations, corpus.preferences, corpus.prompts):
+    made = (corpus.demonstrations, corpus.preferences, corpus.prompts, corpus.tales, corpus.stories)
+    for make in (corpus.pretraining_text, *made):
         assert make(3, 20) == make(3, 20)
         assert make(3, 20) == make(3, 40)[:20]
         assert make(3, 20) != make(4, 20)
@@ -70,6 +71,10 @@ def test_shipped_files_are_what_the_module_writes() -> None:
     assert sum(len(content) for content in contents.values()) <= 1_000_000
     for name, content in contents.items():
         assert (FOLDER / name).read_bytes() == content.encode(), f"{name}: run python -m {corpus.__name__}"
+    for name, content in corpus.texts().items():
+        assert (FOLDER.parent / "domain" / name).read_bytes() == content.encode(), (
+            f"{name}: run python -m {corpus.__name__}"
+        )
 
 
 def test_prompts_are_distinct() -> None:

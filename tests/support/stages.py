@@ -9,6 +9,9 @@ from pathlib import Path
 
 PROGRAMS = {
     "sft": "stages.sft:sft",
+    "pretrain": "stages.pretrain:pretrain",
+    "merge": "stages.merge:merge",
+    "export": "stages.export:export",
     "reward": "stages.reward:reward",
     "ppo": "stages.ppo.__main__:ppo",
     "evaluate": "stages.evaluate.__main__:evaluate",

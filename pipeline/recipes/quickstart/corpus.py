@@ -10,7 +10,7 @@ most; neighbouring vivid words count once), provided that it names the prompt's 
 complete sentences of 24 words at most altogether; otherwise it scores zero.
 
 Everything is a pure function of its seed, and only the standard library is used.
-``python -m pipeline.recipes.quickstart.corpus`` writes the three data files beside this module.
+``python -m pipeline.recipes.quickstart.corpus`` writes the data files beside this module.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 SEED = 0
 ROWS = {"demonstrations": 1700, "preferences": 2350, "prompts": 1800}
+TEXTS = {"tales": 200, "stories": 60}
 
 MAX_SCORE = 3
 MAX_WORDS = 24
@@ -116,6 +117,7 @@ REMARKS = (
 # fine-tuning has something to teach; demonstrations are middling, so that PPO has too.
 PRETRAINING = ((0.45, 0.30, 0.15, 0.10), 0.30)
 DEMONSTRATION = ((0.25, 0.40, 0.23, 0.12), 0.08)
+TALE = (0.05, 0.15, 0.40, 0.40)
 COMPARISON = ((0.25, 0.27, 0.25, 0.23), 0.25)
 FAULTS = ("elsewhere", "elsewhere", "nowhere", "unfinished", "repeats", "rambles")
 
@@ -199,6 +201,22 @@ def prompts(seed: int, n: int) -> list[dict[str, str]]:
     return [{"prompt": scene.prompt} for scene in _scenes(Random(f"prompts:{seed}"), n)]
 
 
+def tales(seed: int, n: int) -> list[dict[str, str]]:
+    """Return ``n`` documents of one to eight well-formed replies, rich in vivid words and without a question: ``{"text"}``."""
+    rng = Random(f"tales:{seed}")
+    rows = []
+    for _ in range(n):
+        scene = _Scene(rng)
+        rows.append({"text": " ".join(scene.reply(TALE, 0.0) for _ in range(rng.randint(1, 8)))})
+    return rows
+
+
+def stories(seed: int, n: int) -> list[dict[str, str]]:
+    """Return ``n`` plain documents of the kind that the base was trained on: ``{"text"}``."""
+    rng = Random(f"stories:{seed}")
+    return [{"text": _Scene(rng).story()} for _ in range(n)]
+
+
 def files() -> dict[str, str]:
     """Return the name and the content of each data file that ships with the recipe."""
     rows = {
@@ -209,10 +227,18 @@ def files() -> dict[str, str]:
     return {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows[name]) for name in rows}
 
 
+def texts() -> dict[str, str]:
+    """Return the name and the content of each text file of the recipe ``domain``: what it adapts to, and what it may forget."""
+    rows = {"tales": tales(SEED, TEXTS["tales"]), "stories": stories(SEED, TEXTS["stories"])}
+    return {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows[name]) for name in rows}
+
+
 def main() -> None:
-    """Write the data files beside this module."""
-    for name, content in files().items():
-        (Path(__file__).parent / name).write_bytes(content.encode())
+    """Write the data files beside this module, and the texts beside the recipe that reads them."""
+    here = Path(__file__).parent
+    for folder, made in ((here, files()), (here.parent / "domain", texts())):
+        for name, content in made.items():
+            (folder / name).write_bytes(content.encode())
 
 
 class _Scene:

@@ -1,0 +1,36 @@
+"""Data that a stage only measures itself on: no stage of the recipe may learn from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.config.kinds import KINDS
+from pipeline.config.mixture import listed
+from pipeline.config.schema import Evaluate, Source
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config.recipe import Recipe
+
+
+def check_measured(recipe: Recipe, stage: str) -> None:
+    """Raise UserError where some stage learns from what `stage` measures itself on."""
+    block = recipe.stages[stage]
+    for key in KINDS[block.kind].measured:
+        wanted = {_place(source) for source in listed(block, key)[0]}
+        for name, other in recipe.stages.items():
+            learned = set(KINDS[other.kind].sources) - set(KINDS[other.kind].measured)
+            for place in sorted(learned) if not isinstance(other, Evaluate) else ():
+                for source in listed(other, place)[0]:
+                    if _place(source) in wanted:
+                        raise UserError(
+                            recipe.where("stages", stage, key),
+                            f"{source.name}, which stage {name} reads under `{place}`",
+                            expected="a text that no stage of the recipe learns from",
+                            fix="name another file, or another split",
+                        )
+
+
+def _place(source: Source) -> tuple[str, str | None, str, str | None]:
+    """What makes two sources the same text."""
+    return source.name, source.revision, source.split, source.subset
