@@ -25,7 +25,6 @@ from pipeline.config.preference import REFERENCE_FREE, Dpo, Kto
 from pipeline.data import encoded
 from pipeline.data.encoded import Encoded
 from pipeline.model import begin
-from pipeline.model.load import tokenizer
 from pipeline.stage import Context, main
 from stages import reference
 from stages.preference_trainers import PairTrainer, ReferenceFreeTrainer, ReplyTrainer, prepare
@@ -38,7 +37,7 @@ def preference(context: Context) -> None:
     way = PAIRS if isinstance(block, Dpo) else REPLIES
     engine.start(block.seed)
 
-    tok = tokenizer(str(parent.path) if parent else context.base, block.base.revision)
+    tok = begin.tokenizer(context, parent)
     data = way.encode(context, tok, block.max_length)
 
     steps, kept = trainer.whole_batches(context, block, len(data.train), len(data.held_out))

@@ -48,8 +48,6 @@ KINDS: dict[str, Kind] = {
         base_ok=frozenset({"policy"}),
         sources=("prompts", "ptx.data"),
     ),
-    "dpo": Kind(Dpo, "stages.preference", {"init": POLICIES}, base_ok=frozenset({"init"})),
-    "kto": Kind(Kto, "stages.preference", {"init": POLICIES}, base_ok=frozenset({"init"})),
     "evaluate": Kind(
         Evaluate,
         "stages.evaluate",
@@ -65,6 +63,8 @@ KINDS: dict[str, Kind] = {
         sources=("data", "general"),
         measured=("general",),
     ),
+    "dpo": Kind(Dpo, "stages.preference", {"init": POLICIES}, base_ok=frozenset({"init"})),
+    "kto": Kind(Kto, "stages.preference", {"init": POLICIES}, base_ok=frozenset({"init"})),
     "prepare": Kind(Prepare, "stages.prepare", {}, model=False),
     "selection": Kind(
         Selection,
