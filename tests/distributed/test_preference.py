@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,8 @@ def test_what_the_reference_is_read_again_for(ranks: Get, base: Path, tmp_path: 
     assert ranks(2).call(RUN, **asked, overrides=other)[0] != hashes["dpo"]
     assert reference() == first
 
+    shutil.rmtree(run / "dpo")
+    (run / "dpo").mkdir()
     (run / "dpo" / "STOP").touch()
     assert ranks(2).call("tests.support.stages:stopped", **asked) == [True, True]
     (run / "dpo" / "STOP").unlink()
