@@ -259,12 +259,13 @@ def labelled(encoder: Encoder, example: Example, max_length: int) -> dict[str, A
 
 def _apart(encoder: Encoder, example: Example, reply: Text, max_length: int) -> tuple[list[int], list[int]]:
     """(ids of the example's prompt, ids of a reply to it). A reply's first token is predicted from the prompt's last."""
-    asked, said = encoder.prompt(example.prompt), encoder.reply(str(reply))
-    if not asked:
+    ids, own = encoder.pair(example.prompt, reply, example.tools)
+    prompt = own.index(True)
+    if not prompt:
         raise Skip("empty prompt")
-    if len(asked) + len(said) > max_length:
+    if len(ids) > max_length:
         raise Skip(TOO_LONG)
-    return asked, said
+    return ids[:prompt], ids[prompt:]
 
 
 @dataclass(frozen=True)

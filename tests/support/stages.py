@@ -16,8 +16,8 @@ PROGRAMS = {
     "ppo": "stages.ppo.__main__:ppo",
     "evaluate": "stages.evaluate.__main__:evaluate",
     "selection": "stages.selection.__main__:selection",
-    "dpo": "stages.preference:preference",
-    "kto": "stages.preference:preference",
+    "dpo": "stages.preference.__main__:preference",
+    "kto": "stages.preference.__main__:preference",
     "classify": "stages.classify:classify",
     "distill": "stages.distill.__main__:distill",
 }

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.preference_loss import Pairs, cpo, orpo, simpo
-from stages.reference import partners
+from stages.preference.loss import Pairs, cpo, orpo, simpo
+from stages.preference.reference import partners
 
 CHOSEN, REJECTED = np.array([-3.0, -40.0, -0.75]), np.array([-9.5, -12.0, -66.0])
 LENGTHS = np.array([4.0, 16.0, 3.0]), np.array([5.0, 7.0, 30.0])

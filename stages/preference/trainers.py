@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from pipeline.config.preference import Dpo
-from stages.preference_loss import Pairs, reference_free
+from stages.preference.loss import Pairs, reference_free
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 """What TRL's fused output head computes of each token."""
@@ -46,7 +46,7 @@ class PairTrainer(DPOTrainer):
 
 
 class ReferenceFreeTrainer(PairTrainer):
-    """The losses of `stages.preference_loss`, on `Rows` without a reference."""
+    """The losses of `stages.preference.loss`, on `Rows` without a reference."""
 
     def __init__(self, args: DPOConfig, block: Dpo, **given: Any) -> None:
         super().__init__(args, **given)

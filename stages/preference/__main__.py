@@ -26,9 +26,9 @@ from pipeline.data import encoded
 from pipeline.data.encoded import Encoded
 from pipeline.model import begin
 from pipeline.stage import Context, main
-from stages import reference
-from stages.preference_trainers import PairTrainer, ReferenceFreeTrainer, ReplyTrainer, prepare
-from stages.reference import Reference, Rows
+from stages.preference import reference
+from stages.preference.reference import Reference, Rows
+from stages.preference.trainers import PairTrainer, ReferenceFreeTrainer, ReplyTrainer, prepare
 
 
 def preference(context: Context) -> None:

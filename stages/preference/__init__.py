@@ -1,0 +1,1 @@
+"""Preference optimisation without a reward model: from pairs (dpo) and from labelled replies (kto)."""
