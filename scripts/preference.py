@@ -63,8 +63,8 @@ def names(method: str) -> tuple[str, str]:
     return stage, f"{stage}_evaluate"
 
 
-def run(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """The manifest of each method's comparison, and the seconds that its training took (for PPO its reward model's too)."""
+def run(seed: int, folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics of each method's comparison with SFT."""
     command = [str(Path(sys.executable).parent / "relay"), "run", "quickstart", "--run-dir", str(folder)]
     command += ["--set", f"seed={seed}"]
     for method, block in METHODS.items():
@@ -73,24 +73,14 @@ def run(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
             command += ["--set", f"stages.{stage}={json.dumps(block)}"]
         command += ["--set", f"stages.{compare}={json.dumps({**COMPARE, 'model': stage})}"]
     subprocess.run(command, check=True)
-    return {
-        method: {
-            **manifest(folder, names(method)[1])["metrics"],
-            "seconds": sum(manifest(folder, s)["seconds"] for s in trained(method)),
-        }
-        for method in METHODS
-    }
+    return {method: metrics(folder / names(method)[1]) for method in METHODS}
 
 
-def trained(method: str) -> list[str]:
-    return [names(method)[0], *(["reward"] if METHODS[method] is None else [])]
+def metrics(stage: Path) -> dict[str, float]:
+    return dict(json.loads((stage / "output" / "manifest.json").read_text(encoding="utf-8"))["metrics"])
 
 
-def manifest(folder: Path, stage: str) -> dict[str, Any]:
-    return dict(json.loads((folder / stage / "output" / "manifest.json").read_text(encoding="utf-8")))
-
-
-def page(seeds: list[int], found: dict[int, dict[str, dict[str, Any]]], seconds: float) -> str:
+def page(seeds: list[int], found: dict[int, dict[str, dict[str, float]]], seconds: float) -> str:
     versions = ", ".join(f"{lib} {version(lib)}" for lib in ("torch", "transformers", "trl", "peft", "deepspeed"))
     lines = [
         "# DPO against PPO on the embedded default",
@@ -101,17 +91,16 @@ def page(seeds: list[int], found: dict[int, dict[str, dict[str, Any]]], seconds:
         "Everything starts from one SFT policy and learns from the same preferences, two passes each: PPO through its reward",
         "model, the others directly. Replies to the held-out prompts, beside those of SFT with the same noise: the share that",
         "the rule which made the preferences (0 to 3) scores higher, a tie one half; its mean score; KL to SFT in nats per",
-        "reply; mean score of the reward model, which only PPO has seen; tokens per reply; seconds of training, for PPO with",
-        "its reward model.",
+        "reply; mean score of the reward model, which only PPO has seen; tokens per reply.",
         "",
-        "| method | seed | win rate by the rule | score by the rule | KL | reward model's score | tokens | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | seed | win rate by the rule | score by the rule | KL | reward model's score | tokens |",
+        "|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
         for seed in seeds:
             row = found[seed][method]
             cells = [f"{row[name]:.3f}" for name in COLUMNS[:2]] + [f"{row[name]:.2f}" for name in COLUMNS[2:]]
-            lines.append(f"| {method} | {seed} | " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |")
+            lines.append(f"| {method} | {seed} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
