@@ -212,8 +212,8 @@ here, `base` too where it says so; data are files, hub data sets, or a stage tha
 
 STAGES_TAIL = """Which stages run after which is what their keys say. Two stages that name one above them share it: it runs
 once, and a second run finds it up to date. Shipped chains: `relay run quickstart` (sft, reward, ppo, evaluate), `domain`
-(pretrain, sft, reward, ppo), `mods` (prepare, reward, selection, sft) and `distill` (sft, reward, ppo, distill, export), on
-data that ships with them.
+(pretrain, sft, reward, ppo), `mods` (prepare, reward, selection, sft), `dpo` (sft, dpo, evaluate) and `distill` (sft, reward,
+ppo, distill, export), on data that ships with them; `rlvr` (sft, ppo by GRPO) on GSM8K.
 
 ## Continued pre-training
 

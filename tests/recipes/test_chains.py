@@ -13,7 +13,8 @@ from pipeline.stage import execute
 from stages.prepare import prepare
 from tests.support.session import Ranks
 
-LITTLE = ["sft.steps=2", "sft.batch=4", "sft.eval_rows=16", "reward.steps=2", "reward.batch=8"]
+SFT = ["sft.steps=2", "sft.batch=4", "sft.eval_rows=16"]
+LITTLE = [*SFT, "reward.steps=2", "reward.batch=8"]
 SHORT = {
     "domain": [
         *LITTLE,
@@ -24,6 +25,7 @@ SHORT = {
         "ppo.eval_rows=4",
         "ppo.sampling.max_response_length=8",
     ],
+    "dpo": [*SFT, "dpo.steps=2", "dpo.batch=8", "dpo.eval_rows=16", "evaluate.rows=8"],
     "mods": [*LITTLE, "select.budget=16", "select.data=[{stage: prepare, limit: 48}]"],
 }
 
