@@ -201,8 +201,9 @@ def main(program: Callable[[Context], None]) -> None:
             locked=arguments.lock_held,
         )
     except (UserError, Trouble) as error:
-        if rank != 0:
-            time.sleep(5.0)  # the launcher kills this rank as soon as rank 0 has told the same thing
+        if rank != 0:  # the launcher ends this rank as soon as rank 0 has told the same thing
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5.0)
         print(f"\n{error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_TROUBLE
     except Stopped:

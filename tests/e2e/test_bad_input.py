@@ -96,10 +96,11 @@ def test_unreadable_data(finished: tuple[Path, Path], tmp_path: Path) -> None:
     )  # fmt: skip
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    refused(
-        relay("run", str(finished[0]), "--run-dir", str(tmp_path / "b"), "--set", f"stages.sft.data=[{{path: {bad}}}]"),
-        f"{bad}, row 2", "prompt and completion",
-    )  # fmt: skip
+    result = relay(
+        "run", str(finished[0]), "--run-dir", str(tmp_path / "b"), "--set", f"stages.sft.data=[{{path: {bad}}}]"
+    )
+    refused(result, "1 of 2 rows are bad", f"{bad}, row 2: missing: completion", "rejected.jsonl", "max_bad")
+    assert result.stderr.count("1 of 2 rows are bad") == 1, "one rank says it, not all"
 
 
 def test_too_few_gpus(finished: tuple[Path, Path], tmp_path: Path) -> None:
