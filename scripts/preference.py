@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "ipo, beta 0.1": {**PAIRS, "loss": "ipo", "beta": 0.1},
     "simpo, beta 2": {**PAIRS, "loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0},
 }
-COLUMNS = ("judge/win_rate", "judge/model", "kl", "score/reward/model", "length/model")
+COLUMNS = ("judge/model", "kl", "score/reward/model", "length/model")
 
 
 def main() -> None:
@@ -51,9 +50,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/preference"))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    began = time.monotonic()
     found = {seed: run(seed, arguments.runs / str(seed)) for seed in arguments.seeds}
-    arguments.out.write_text(page(arguments.seeds, found, time.monotonic() - began), encoding="utf-8")
+    arguments.out.write_text(page(arguments.seeds, found), encoding="utf-8")
     print(arguments.out.read_text(encoding="utf-8"))
 
 
@@ -80,18 +78,18 @@ def metrics(stage: Path) -> dict[str, float]:
     return dict(json.loads((stage / "output" / "manifest.json").read_text(encoding="utf-8"))["metrics"])
 
 
-def page(seeds: list[int], found: dict[int, dict[str, dict[str, float]]], seconds: float) -> str:
+def page(seeds: list[int], found: dict[int, dict[str, dict[str, float]]]) -> str:
     versions = ", ".join(f"{lib} {version(lib)}" for lib in ("torch", "transformers", "trl", "peft", "deepspeed"))
     lines = [
         "# DPO against PPO on the embedded default",
         "",
-        f"`python scripts/preference.py --out docs/results/preference.md`, {seconds / 60:.0f} minutes on {os.cpu_count()} CPU "
-        f"cores ({platform.machine()}), Python {platform.python_version()}, {versions}.",
+        f"`python scripts/preference.py --seeds {' '.join(map(str, seeds))} --out docs/results/preference.md`, on "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {versions}.",
         "",
         "Everything starts from one SFT policy and learns from the same preferences, two passes each: PPO through its reward",
         "model, the others directly. Replies to the held-out prompts, beside those of SFT with the same noise: the share that",
-        "the rule which made the preferences (0 to 3) scores higher, a tie one half; its mean score; KL to SFT in nats per",
-        "reply; mean score of the reward model, which only PPO has seen; tokens per reply.",
+        "the rule which made the preferences (0 to 3) scores higher, a tie one half, and its 95 % interval; the rule's mean",
+        "score; KL to SFT in nats per reply; mean score of the reward model, which only PPO has seen; tokens per reply.",
         "",
         "| method | seed | win rate by the rule | score by the rule | KL | reward model's score | tokens |",
         "|---|---|---|---|---|---|---|",
@@ -99,7 +97,8 @@ def page(seeds: list[int], found: dict[int, dict[str, dict[str, float]]], second
     for method in METHODS:
         for seed in seeds:
             row = found[seed][method]
-            cells = [f"{row[name]:.3f}" for name in COLUMNS[:2]] + [f"{row[name]:.2f}" for name in COLUMNS[2:]]
+            rate, low, high = (row[f"judge/win_rate{end}"] for end in ("", "_low", "_high"))
+            cells = [f"{rate:.2f} ({low:.2f} to {high:.2f})", *(f"{row[name]:.2f}" for name in COLUMNS)]
             lines.append(f"| {method} | {seed} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
