@@ -17,7 +17,7 @@ from pipeline.config.prepare import Prepare
 from pipeline.config.recipe import Recipe, sources
 from pipeline.config.schema import Classify, Source
 from pipeline.data import glue
-from pipeline.data.check import Checked
+from pipeline.data.check import LOOKED_AT, Checked
 from pipeline.data.read import Bad, Row, fingerprint, rows
 from pipeline.data.shape import (
     Example,
@@ -38,8 +38,6 @@ Counts = dict[str, Counter[str]]
 """Where the rows of each source went: source -> `rows`, `used`, `held out`, or why not -> how many."""
 
 ELSEWHERE = "other stages' share"
-LOOKED_AT = 100
-"""Rows of each source that are read before a stage is launched."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from pipeline.config.recipe import Recipe
 from pipeline.data import encode
 from pipeline.data.encoded import ROWS, Encoded, demonstrations, load, preferences, prompts
+from pipeline.data.parallel import ordered
 from pipeline.data.split import fingerprints
 from pipeline.data.workers import FEW
 from pipeline.errors import UserError
@@ -114,22 +115,19 @@ def test_lists_of_one_stage_do_not_remove_each_other(tmp_path: Path, make_recipe
     assert [folder.parent.name for folder in folders(here)] == ["ppo.prompts", "ppo.ptx.data"]
 
 
-@pytest.fixture
-def signals_answered() -> Iterator[None]:
-    """As in a stage: SIGTERM only makes a note. Whoever waits for ever is ended by an alarm."""
-
-    def late(signum: int, frame: Any) -> None:
-        raise TimeoutError("still waiting after a minute")
-
-    before = {s: signal.signal(s, h) for s, h in ((signal.SIGTERM, lambda *_: None), (signal.SIGALRM, late))}
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
+def told_to_end(state: None, item: int) -> bool:
+    return signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.usefixtures("signals_answered")
+def test_a_forked_process_ends_when_it_is_told_to() -> None:
+    """A rank only makes a note of SIGTERM; a process that is forked from it must not have taken that over."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        assert all(ordered(None, told_to_end, range(20), 2, start="fork"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_many_rows_by_processes_are_those_of_one(tmp_path: Path, make_recipe: Maker, tok: Any) -> None:
     count = FEW + 700
     write(tmp_path, count)
