@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import handoff
-from pipeline.config.distill import Distill
-from pipeline.config.recipe import DS_CONFIGS, Recipe, deepspeed_config, digest, functions, resolved, sources
-from pipeline.config.schema import Stage
-from pipeline.config.selection import Selection
+from pipeline.config.recipe import DS_CONFIGS, Recipe, deepspeed_config, digest, functions, outside, resolved, sources
 from pipeline.config.tokens import template_file
 from pipeline.data.read import file_hash
 from pipeline.data.split import fingerprints
@@ -59,21 +56,8 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
         "parents": parents,
         "deepspeed": None if block.deepspeed.config in SHIPPED_CONFIGS else digest(deepspeed_config(recipe, stage)),
         "functions": {name: _source_hash(name) for name in functions(block)},
-        **_outside(recipe, block),
+        "outside": {key: handoff.outside_hash(recipe.local(item.model), item.revision) for key, item in outside(block)},
         **({"chat_template": file_hash(template)} if (template := template_file(recipe, stage)) else {}),
-    }
-
-
-def _outside(recipe: Recipe, block: Stage) -> dict[str, Any]:
-    """The contents of a reward model or a teacher that no stage made."""
-    named = {
-        "judge": block.reward if isinstance(block, Selection) else None,
-        "teacher": block.teacher if isinstance(block, Distill) else None,
-    }
-    return {
-        role: handoff.model_hash(recipe.local(found.model), found.revision)
-        for role, found in named.items()
-        if found is not None and found.model is not None
     }
 
 

@@ -97,6 +97,17 @@ def model_hash(model: str, revision: str | None = None) -> str:
     return _hash_once(tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in found))
 
 
+def outside_hash(model: str, revision: str | None = None) -> str:
+    """Content hash of a model that no stage made: of a full model, or of a PEFT adapter and what it stands on."""
+    folder = model_folder(model, revision)
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        return model_hash(model, revision)
+    config = json.loads(file.read_text(encoding="utf-8"))
+    below = model_hash(config.pop("base_model_name_or_path"), config.get("revision"))
+    return digest({"adapter": model_hash(model, revision), "config": config, "base": below})
+
+
 def model_folder(model: str, revision: str | None = None) -> Path:
     """Where a base's files are: a folder, or a hub id's files in the cache, fetched if they are not there."""
     return Path(model) if Path(model).is_dir() else _snapshot(model, revision)

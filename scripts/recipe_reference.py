@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from pipeline.config import distill, schema, selection
+from pipeline.config import distill, evaluate, schema, selection
 from pipeline.config.kinds import DATA, KINDS, POLICIES, REWARDS, Kind
 from pipeline.config.methods import METHODS, Method
 from pipeline.config.prepare import STEPS
@@ -65,12 +65,15 @@ def kind(annotation: Any) -> str:
         ("pipeline.config.schema.", ""),
         ("pipeline.config.selection.", ""),
         ("pipeline.config.distill.", ""),
+        ("pipeline.config.evaluate.", ""),
         ("NoneType", "none"),
         ("Literal", "one of "),
     ):
         text = text.replace(old, new)
     text = re.sub(r", (After|Before)Validator\(.*", "", text)
-    text = text.split("Annotated[")[-1].split(", FieldInfo")[0] if "Annotated[" in text else text
+    if "Annotated[" in text:
+        inner = text.split("Annotated[")[-1].split(", FieldInfo")[0]
+        text = f"list[{inner}]" if text.startswith("list[") else inner
     return "`" + text.replace("|", "or") + "`"
 
 
@@ -107,7 +110,8 @@ def page() -> str:
     sources = ("StageReward", "FunctionReward", "HttpReward", "VerifyReward")
     for name in ("Sampling", "Critic", "Kl", *sources, "Overlong", "Ptx", "Signals"):
         parts.append(section(name, getattr(schema, name)))
-    for block in (distill.Teacher, selection.Scorer, selection.Quality, selection.Necessity, selection.Coverage):
+    of_selection = (selection.Scorer, selection.Quality, selection.Necessity, selection.Coverage)
+    for block in (distill.Teacher, evaluate.Policy, *of_selection):
         parts.append(section(block.__name__, block))
     parts.append(estimators())
     return "\n".join(parts)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.distill import Distill
+from pipeline.config.evaluate import Evaluate
 from pipeline.config.export import Export
 from pipeline.config.merge import Merge
 from pipeline.config.preference import Dpo, Kto
 from pipeline.config.prepare import Prepare
 from pipeline.config.pretrain import Pretrain
-from pipeline.config.schema import Classify, Evaluate, Ppo, Reward, Sft, Stage
+from pipeline.config.schema import Classify, Ppo, Reward, Sft, Stage
 from pipeline.config.selection import Selection
 
 POLICIES = frozenset({"pretrain", "sft", "ppo", "dpo", "kto", "distill", "merge", "export"})

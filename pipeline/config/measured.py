@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.config.evaluate import Evaluate
 from pipeline.config.kinds import KINDS
 from pipeline.config.mixture import listed
-from pipeline.config.schema import Evaluate, Source
+from pipeline.config.schema import Source
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:

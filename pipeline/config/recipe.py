@@ -38,7 +38,6 @@ from pipeline.config.schema import (
     Source,
     Stage,
     Supervised,
-    reward_stages,
 )
 from pipeline.config.selection import Selection, check_selection
 from pipeline.config.tokens import check_tokens
@@ -175,12 +174,24 @@ def upstream(block: Stage) -> Iterator[tuple[str, str]]:
     for key in kind.inputs:
         value = _value(block, key)
         for item in value if isinstance(value, list) else [value]:
-            for name in [item] if isinstance(item, str) else reward_stages(item) if item is not None else []:
-                yield key, name
+            name = item if isinstance(item, str) else getattr(item, "stage", None)
+            for stage in name if isinstance(name, list) else [name] if name is not None else []:
+                yield key, stage
     for key in kind.sources:
         for source in sources(block, key):
             if source.stage is not None:
                 yield key, source.stage
+
+
+def outside(block: Stage) -> Iterator[tuple[str, Any]]:
+    """(key, what names it) for every model that a block names by `model` and no stage made."""
+    for key in KINDS[block.kind].inputs:
+        place = key.removesuffix(".stage")
+        value = _value(block, place)
+        listed = isinstance(value, list)
+        for number, item in enumerate(value if listed else [value]):
+            if getattr(item, "stage", "") is None and item.model is not None:
+                yield f"{place}.{number}" if listed else place, item
 
 
 def resolved(block: Stage) -> dict[str, Any]:

@@ -238,6 +238,9 @@ def _function(value: str) -> str:
     return value
 
 
+FunctionName = Annotated[str, AfterValidator(_function)]
+
+
 class StageReward(Block):
     """The score of a reward stage, or of several: an ensemble, combined by their mean, minimum or mean less `k` standard
     deviations (Coste et al. 2024, arXiv 2310.02743)."""
@@ -251,7 +254,7 @@ class StageReward(Block):
 class FunctionReward(Block):
     """A Python function `package.module:function(prompts, responses, rows) -> scores`; `rows` are the prompts' data rows."""
 
-    function: Annotated[str, AfterValidator(_function)]
+    function: FunctionName
     weight: float = 1.0
 
 
@@ -500,21 +503,6 @@ class Ppo(Stage, Training):
         if self.overlong and self.overlong.buffer > self.sampling.max_response_length:
             raise ValueError("overlong.buffer is longer than sampling.max_response_length")
         return self
-
-
-class Evaluate(Frozen):
-    """Replies of `model` beside those of `against` on held-out prompts, scored by reward stages and by Python functions."""
-
-    kind: Literal["evaluate"]
-    model: str
-    against: str
-    prompts: Annotated[list[Source], Field(min_length=1)]
-    reward: list[str] = Field(default_factory=list)
-    judge: Annotated[str, AfterValidator(_function)] | None = None
-    rows: Positive = 256
-    show: Positive = 3
-    micro_batch: Positive | None = None
-    sampling: Sampling = Sampling()
 
 
 class Header(Block):

@@ -31,6 +31,11 @@ class Scorer(Block):
             raise ValueError("give the name of a reward stage, or `model` for another reward model, and not both")
         return self
 
+    @property
+    def name(self) -> str:
+        """What metrics call it: the stage, or the last part of the model's id or folder."""
+        return self.stage or str(self.model).rstrip("/").rpartition("/")[2]
+
 
 class Cut(Block):
     """Where a list of scores is cut: at `threshold`, or so that the share `keep` of them is kept."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config.distill import Distill
+from pipeline.config.evaluate import Evaluate
 from pipeline.config.export import Export
 from pipeline.config.merge import Merge
 from pipeline.config.methods import METHODS
@@ -19,7 +20,7 @@ from pipeline.config.preference import Dpo, Kto
 from pipeline.config.pretrain import Pretrain
 from pipeline.config.recipe import Recipe
 from pipeline.config.recipe import split as split_batch
-from pipeline.config.schema import Evaluate, Ppo, Reward, Sampling, Sft, Stage, Supervised
+from pipeline.config.schema import Ppo, Reward, Sampling, Sft, Stage, Supervised
 from pipeline.config.selection import Selection
 from pipeline.memory import adapters
 from pipeline.memory.roles import Role, roles, trunks
@@ -122,8 +123,8 @@ def estimate(
     base = Parts(weights=held.weights, adapters=held.adapters, framework=FRAMEWORK[kind])
     phases = {"loading": base.plus(weights=held.file)} if engine.cpu else {}
     if isinstance(block, Evaluate):
-        phases["rollout"] = _rollout(base, block, block.sampling, block.micro_batch or 32, 1, held, engine)
-        phases["scoring"] = _scoring(base, block, block.sampling, block.micro_batch or 32, held, engine)
+        phases["rollout"] = _rollout(base, block, block.sampling, block.micro_batch, 1, held, engine)
+        phases["scoring"] = _scoring(base, block, block.sampling, block.micro_batch, held, engine)
         return Need(held.parameters, 0, phases)
 
     if isinstance(block, Merge):

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.config.distill import Distill
+from pipeline.config.evaluate import Evaluate, Policy
 from pipeline.config.export import Export
 from pipeline.config.glue import TASKS
 from pipeline.config.kinds import estimators
 from pipeline.config.merge import Merge
 from pipeline.config.methods import METHODS
 from pipeline.config.recipe import BASE, Recipe
-from pipeline.config.schema import Adapter, Base, Classify, Evaluate, Ppo, Reward, Stage, reward_stages
+from pipeline.config.schema import Adapter, Base, Classify, Ppo, Reward, Stage, reward_stages
 from pipeline.config.selection import Selection
 
 
@@ -60,8 +61,9 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
     """The models a stage works with, sharing weights as section 7 of the design says."""
     block = recipe.stages[stage]
     if isinstance(block, Evaluate):
-        sides = [_published(recipe, name, block.base, "policy") for name in (block.model, block.against)]
-        return sides + [_published(recipe, name, block.base, "reward") for name in block.reward]
+        sides = [_tested(recipe, policy, block.base) for policy in (block.model, block.against) if policy is not None]
+        judges = [_published(recipe, judge.stage, block.base, "reward") for judge in block.reward if judge.stage]
+        return [*sides, *judges, *(_outside(judge.model, "reward", None) for judge in block.reward if judge.model)]
     if isinstance(block, Merge | Export):
         model = recipe.stages[block.of[0] if isinstance(block, Merge) else block.policy].base.model
         return [Role("policy", model, model, None, speaks=True, adapter=None, trained=False)]
@@ -129,8 +131,18 @@ def _selecting(recipe: Recipe, block: Selection) -> list[Role]:
         return found
     if block.reward.stage is not None:
         return [*found, _published(recipe, block.reward.stage, block.base, "reward")]
-    model = str(block.reward.model)
-    return [*found, Role("reward", model, model, None, speaks=False, adapter=None, trained=False)]
+    return [*found, _outside(str(block.reward.model), "reward", None)]
+
+
+def _tested(recipe: Recipe, policy: Policy, base: Base) -> Role:
+    if policy.stage is not None:
+        return _published(recipe, policy.stage, base, "policy")
+    return _outside(str(policy.model), "policy", base.quantization)
+
+
+def _outside(model: str, role: Literal["policy", "reward"], quantization: Literal["nf4"] | None) -> Role:
+    """A model that no stage made, whole on every rank."""
+    return Role(role, model, model, quantization, speaks=role == "policy", adapter=None, trained=False)
 
 
 def _published(recipe: Recipe, name: str, base: Base, role: Literal["policy", "reward"]) -> Role:

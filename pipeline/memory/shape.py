@@ -254,8 +254,12 @@ def _linears(count: int, **sizes: tuple[int, int]) -> list[Linear]:
 
 
 def read(model: str, where: str, configs: Path | None) -> dict[str, Any]:
-    """config.json of a folder or, for a hub id, of `configs/<org>__<name>/` or the hub's cache."""
+    """config.json of a folder (of an adapter's, that of what it stands on) or, for a hub id, of `configs/<org>__<name>/` or
+    the hub's cache."""
     folder = Path(model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return read(adapter["base_model_name_or_path"], where, configs)
     if configs is not None and not folder.is_dir():
         folder = configs / model.replace("/", "__")
     if not (folder / "config.json").is_file():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from pipeline.config.recipe import Recipe
 from pipeline.config.schema import Base
+from pipeline.config.selection import Scorer
 from pipeline.data.encode import Encoder
 from pipeline.data.shape import Text
 from pipeline.data.templates import is_default
@@ -65,6 +67,13 @@ class Classifier:
         ids = [*encoder.prompt(first), *encoder.reply(second)]
         ids = ids[-self.context :] if self.context is not None else ids
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+
+def from_outside(recipe: Recipe, scorer: Scorer, where: str, device: torch.device) -> Classifier:
+    """The reward model that a recipe's block names by `model`. Raises UserError at `where` for one that is none."""
+    assert scorer.model is not None
+    given = scorer.model_dump(exclude={"stage", "model"})
+    return Classifier(Base(model=recipe.local(scorer.model), **given), where, device)
 
 
 def _text(text: Text) -> str:

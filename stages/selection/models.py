@@ -11,14 +11,14 @@ from torch import Tensor
 
 from pipeline.config.recipe import BASE
 from pipeline.config.schema import Base
-from pipeline.config.selection import Scorer, Selection
+from pipeline.config.selection import Selection
 from pipeline.data.encode import Encoder
 from pipeline.generation.rollout import keys
 from pipeline.handoff import Baton
 from pipeline.model.assemble import assemble, plain, scoring, speaking
 from pipeline.model.load import eos_ids
 from pipeline.model.roles import Roles
-from pipeline.scoring.classifier import Classifier
+from pipeline.scoring.classifier import from_outside
 from pipeline.stage import Context
 from stages.selection.phases import Read
 
@@ -41,7 +41,7 @@ class Models:
         self.roles: Roles = assemble(context, parts, tok, sharded=False).to(device)
         self.base: Base = parts[STATES].base
         where = context.recipe.where("stages", context.stage, "reward", "model")
-        self.outside = Classifier(_held(context, outside), where, device) if outside is not None else None
+        self.outside = from_outside(context.recipe, outside, where, device) if outside is not None else None
 
     def quality(self, picked: list[int]) -> Read:
         """The score of each row's reply, float32 [rows]."""
@@ -100,10 +100,3 @@ def first_baton(context: Context, block: Selection) -> Baton | None:
 
 def _baton(context: Context, name: str) -> Baton | None:
     return None if name == BASE else context.batons[name]
-
-
-def _held(context: Context, scorer: Scorer) -> Base:
-    """A reward model from outside as it is loaded."""
-    assert scorer.model is not None
-    given = scorer.model_dump(exclude={"stage", "model"})
-    return Base(model=context.recipe.local(scorer.model), **given)
