@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,12 @@ def summary(recipe: Recipe, run_dir: Path, stages: list[str], console: Console) 
         if manifest is None:
             continue
         metrics = dict(manifest["metrics"])
-        rows = _comparison(metrics) if manifest["kind"] == "evaluate" else [(k, f"{v:.4g}") for k, v in metrics.items()]
+        output = run_dir / stage / handoff.OUTPUT
+        rows = (
+            _tested(metrics, output)
+            if manifest["kind"] == "evaluate"
+            else [(k, f"{v:.4g}") for k, v in metrics.items()]
+        )
         for number, (name, value) in enumerate(rows):
             table.add_row(stage if number == 0 else "", name, value)
         table.add_section()
@@ -32,6 +38,31 @@ def summary(recipe: Recipe, run_dir: Path, stages: list[str], console: Console) 
             )
     for stage in stages:
         console.print(f"{stage}: {run_dir / stage / handoff.OUTPUT}")
+
+
+def _tested(metrics: dict[str, float], output: Path) -> list[tuple[str, str]]:
+    """What an evaluate stage found, by its parts."""
+    rows = _comparison(metrics) if "prompts" in metrics else []
+    return rows + _forgotten(_lines(output / "forgetting.jsonl"))
+
+
+def _forgotten(changes: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Each measure before and after, its change with the interval, and the verdict."""
+    return [
+        (
+            f"{row['measure']}, {row['since']} -> {row['policy']}",
+            f"{row['before']:.4g} -> {row['after']:.4g}: {row['change']:+.3g} ({row['low']:+.3g} to {row['high']:+.3g}), "
+            + row["verdict"],
+        )
+        for row in changes
+    ]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; none where there is no such file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _comparison(metrics: dict[str, float]) -> list[tuple[str, str]]:
@@ -51,10 +82,9 @@ def _comparison(metrics: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def _samples(path: Path, count: int, console: Console) -> None:
+    rows = _lines(path)[:count]
     table = Table("prompt", "reply before", "reply after", show_lines=True)
-    for line in path.read_text(encoding="utf-8").split("\n")[:count]:
-        if not line:
-            continue
-        row = json.loads(line)
+    for row in rows:
         table.add_row(*(row[key].strip() for key in ("prompt", "before", "after")))
-    console.print(table)
+    if rows:
+        console.print(table)

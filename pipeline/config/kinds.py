@@ -52,9 +52,10 @@ KINDS: dict[str, Kind] = {
     "evaluate": Kind(
         Evaluate,
         "stages.evaluate",
-        {"model": POLICIES, "against": POLICIES, "reward": REWARDS},
-        base_ok=frozenset({"model", "against"}),
-        sources=("prompts",),
+        {"model": POLICIES, "against": POLICIES, "reward": REWARDS, "forgetting.of": POLICIES},
+        base_ok=frozenset({"model", "against", "forgetting.of"}),
+        sources=("prompts", "forgetting.perplexity.data", "forgetting.continuation.data"),
+        measured=("forgetting.perplexity.data", "forgetting.continuation.data"),
     ),
     "pretrain": Kind(
         Pretrain,

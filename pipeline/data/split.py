@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.config.evaluate import Evaluate
 from pipeline.config.kinds import KINDS
 from pipeline.config.prepare import Prepare
 from pipeline.config.recipe import Recipe, sources
@@ -67,7 +68,7 @@ def reader(kind: str, source: Source, key: str) -> Callable[[Row], Example]:
         return lambda row: demonstration(row, source.take)
     if kind == "distill":
         return lambda row: _answered(row, source.take)
-    if kind == "pretrain":
+    if kind == "pretrain" or key.startswith("forgetting."):
         return document
     if kind == "kto":
         return unpaired
@@ -169,6 +170,12 @@ def fingerprints(recipe: Recipe, stage: str, parents: Mapping[str, str]) -> list
             content = parents[source.stage or ""] if path is None else fingerprint(recipe.data(path), *here)
             found.append({"path": source.name, "sha256": content} | ({"for": key} if place else {}))
     if isinstance(block, Prepare):
-        evaluation = {path: fingerprint(recipe.data(path)) for path in block.evaluation_files}
-        found += [{"path": path, "sha256": content, "for": "decontaminate"} for path, content in evaluation.items()]
+        found += [_file(recipe, path, "decontaminate") for path in block.evaluation_files]
+    if isinstance(block, Evaluate) and block.forgetting is not None:
+        found += [_file(recipe, path, "forgetting") for path in block.forgetting.files]
     return found
+
+
+def _file(recipe: Recipe, path: str, reason: str) -> dict[str, Any]:
+    """What a manifest says of a file that is read whole, or as a suite needs it."""
+    return {"path": path, "sha256": fingerprint(recipe.data(path)), "for": reason}

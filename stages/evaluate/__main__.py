@@ -1,4 +1,4 @@
-"""Test what the run made: a policy's replies beside another's on held-out prompts.
+"""Test what the run made: a policy's replies beside another's on held-out prompts, and what policies forgot.
 
 Reads the stages that the block names; hands on `results.json` and what its parts show. Prompts are those that no stage
 trains on. Models are not sharded: each rank holds them and reads its part of the rows. What was measured is kept in the run's
@@ -17,16 +17,20 @@ from pipeline import engine
 from pipeline.config.evaluate import Evaluate
 from pipeline.model import begin
 from pipeline.stage import Context, main
-from stages.evaluate import policy
+from stages.evaluate import forgetting, policy
 from stages.evaluate.results import Results
 
 
 def evaluate(context: Context) -> None:
-    """Two policies side by side on held-out prompts."""
+    """Test what the run made."""
     block = cast(Evaluate, context.block)
     device = engine.start(block.seed)
 
-    found = [policy.compare(context, block, device)]
+    found = []
+    if block.prompts:
+        found.append(policy.compare(context, block, device))
+    if block.forgetting:
+        found.append(forgetting.compare(context, block, block.forgetting, device))
     results = Results.joined(found)
 
     def write(folder: Path) -> None:
