@@ -1,0 +1,144 @@
+"""What PPO forgets on its way, with a KL budget and without, seed by seed, as a Markdown page with a plot.
+
+RELAY_TEST_DATA=... python scripts/forgetting.py --out docs/results/forgetting.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pipeline.config.recipe import find, parse  # noqa: E402
+from scripts.bench_plot import scatter  # noqa: E402
+
+STORIES = "$RELAY_TEST_DATA/tinystories/tinystories_1000.json"
+MODELS: dict[str, dict[str, Any]] = {
+    "quickstart": {
+        "recipe": "quickstart",
+        "steps": (15, 30, 60),
+        "perplexity": {"data": [{"path": "domain/stories.jsonl"}], "rows": 256, "max_length": 128},
+        "continuation": {"data": [{"path": "domain/stories.jsonl"}], "rows": 200, "context": 12, "length": 8},
+    },
+    "stories260K": {
+        "recipe": "tests/recipes/polite_stories260k.yaml",
+        "steps": (10, 20, 40),
+        "perplexity": {"data": [{"path": STORIES}], "rows": 256},
+        "continuation": {"data": [{"path": STORIES}], "rows": 256},
+    },
+}
+"""By name: the recipe whose PPO stage is run, how long, and what the model could do before."""
+
+ARMS = {"with": None, "without": 0.0}
+"""The KL coefficient: the recipe's, and none."""
+
+MEASURES = {"perplexity/loss": "loss, nats per token", "continuation/accuracy": "right continuations, of 4"}
+Point = tuple[str, int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/forgetting"))
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    found = {
+        (model, seed): run(model, seed, arguments.runs / f"{model}-{seed}")
+        for model in MODELS
+        for seed in arguments.seeds
+    }
+    arguments.out.with_suffix(".svg").write_text(plot(found), encoding="utf-8")
+    arguments.out.write_text(page(arguments.seeds, found, arguments.out.stem), encoding="utf-8")
+    print(arguments.out.read_text(encoding="utf-8"))
+
+
+def run(model: str, seed: int, folder: Path) -> dict[Point, dict[str, Any]]:
+    """For every arm and length of PPO: its KL to SFT on held-out prompts, mean score, and the changes since SFT."""
+    settings = MODELS[model]
+    ppo = parse(find(settings["recipe"]))["stages"]["ppo"]
+    points = [(arm, steps) for arm in ARMS for steps in settings["steps"]]
+    command = [str(Path(sys.executable).parent / "relay"), "run", settings["recipe"], "--run-dir", str(folder)]
+    command += ["--set", f"seed={seed}", "--until", "forgetting"]
+    for arm, steps in points:
+        kl = ppo["kl"] if ARMS[arm] is None else {"coef": ARMS[arm]}
+        block = {**ppo, "steps": steps, "kl": kl, "warmup": 0, "eval_every": steps, "signals": {"kl_budget": None}}
+        command += ["--set", f"stages.{arm}_{steps}={json.dumps(block)}"]
+    forgetting = {"of": ["sft", *(f"{arm}_{steps}" for arm, steps in points)]}
+    forgetting |= {suite: settings[suite] for suite in ("perplexity", "continuation")}
+    command += ["--set", f"stages.forgetting={json.dumps({'kind': 'evaluate', 'forgetting': forgetting})}"]
+    subprocess.run(command, check=True)
+    lines = (folder / "forgetting" / "output" / "forgetting.jsonl").read_text(encoding="utf-8").splitlines()
+    since_sft = [row for row in map(json.loads, lines) if row["since"] == "sft"]
+    return {
+        (arm, steps): {
+            **metrics(folder / f"{arm}_{steps}"),
+            **{row["measure"]: row for row in since_sft if row["policy"] == f"{arm}_{steps}"},
+        }
+        for arm, steps in points
+    }
+
+
+def metrics(stage: Path) -> dict[str, float]:
+    return dict(json.loads((stage / "output" / "manifest.json").read_text(encoding="utf-8"))["metrics"])
+
+
+def plot(found: dict[tuple[str, int], dict[Point, dict[str, Any]]]) -> str:
+    """A panel for each model and measure: the change since SFT against KL; each point is named by its arm and seed."""
+    panels = []
+    for model in MODELS:
+        for measure, label in MEASURES.items():
+            points = [
+                (f"{arm} {seed}", max(row["eval/kl"], 1e-2), row[measure]["change"])
+                for (of, seed), rows in found.items()
+                for (arm, _), row in rows.items()
+                if of == model
+            ]
+            panels.append((f"{model}: change in {label}", points))
+    return scatter(panels, "KL to SFT, nats per reply")
+
+
+def page(seeds: list[int], found: dict[tuple[str, int], dict[Point, dict[str, Any]]], stem: str) -> str:
+    versions = ", ".join(f"{lib} {version(lib)}" for lib in ("torch", "transformers", "trl", "peft", "deepspeed"))
+    lines = [
+        "# What PPO forgets",
+        "",
+        f"`python scripts/forgetting.py --out docs/results/forgetting.md`, on {os.cpu_count()} CPU cores "
+        f"({platform.machine()}), Python {platform.python_version()}, {versions}.",
+        "",
+        "PPO from one SFT policy, for as many steps as said, with the recipe's KL penalty and without one. KL and the reward",
+        "model's score are on held-out prompts. What the base could do and no stage trains: loss on general text in nats per",
+        "token (lower is better), and how often a text's own continuation is likelier than three others (a guess: 0.25). Each",
+        "cell is the change since SFT with its 95 % paired bootstrap interval, and the verdict.",
+    ]
+    for model in MODELS:
+        heads = ["KL penalty", "steps", "seed", "KL", "score", *MEASURES.values()]
+        lines += ["", f"## {model}", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for arm in ARMS:
+            for steps in MODELS[model]["steps"]:
+                for seed in seeds:
+                    row = found[model, seed][arm, steps]
+                    cells = [arm, steps, seed, f"{row['eval/kl']:.2f}", f"{row['eval/score']:.2f}"]
+                    cells += [cell(row[measure]) for measure in MEASURES]
+                    lines.append("| " + " | ".join(map(str, cells)) + " |")
+        before = next(iter(found[model, seeds[0]].values()))
+        said = ", ".join(f"{label} {before[measure]['before']:.3f}" for measure, label in MEASURES.items())
+        lines += ["", f"SFT, seed {seeds[0]}: {said}."]
+    lines += ["", f"![change since SFT against KL]({stem}.svg)"]
+    return "\n".join(lines) + "\n"
+
+
+def cell(row: dict[str, Any]) -> str:
+    return f"{row['change']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}), {row['verdict']}"
+
+
+if __name__ == "__main__":
+    main()
