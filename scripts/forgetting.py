@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline.config.recipe import find, parse  # noqa: E402
+from pipeline.recipes.quickstart import corpus  # noqa: E402
 from scripts.bench_plot import scatter  # noqa: E402
 
 STORIES = "$RELAY_TEST_DATA/tinystories/tinystories_1000.json"
@@ -26,8 +27,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "quickstart": {
         "recipe": "quickstart",
         "steps": (15, 30, 60),
-        "perplexity": {"data": [{"path": "domain/stories.jsonl"}], "rows": 256, "max_length": 128},
-        "continuation": {"data": [{"path": "domain/stories.jsonl"}], "rows": 200, "context": 12, "length": 8},
+        "perplexity": {"data": [{"path": "{general}"}], "rows": 256},
+        "continuation": {"data": [{"path": "{general}"}], "rows": 256, "context": 16, "length": 8},
     },
     "stories260K": {
         "recipe": "tests/recipes/polite_stories260k.yaml",
@@ -36,7 +37,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "continuation": {"data": [{"path": STORIES}], "rows": 256},
     },
 }
-"""By name: the recipe whose PPO stage is run, how long, and what the model could do before."""
+"""By name: the recipe whose PPO stage is run, how long, and what the model could do before. `{general}` are texts of the kind
+that the quickstart's base was trained on, made by the same grammar with another seed."""
+
+GENERAL_SEED = 1000
 
 ARMS = {"with": None, "without": 0.0}
 """The KL coefficient: the recipe's, and none."""
@@ -51,8 +55,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/forgetting"))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    general = arguments.runs.resolve() / "general.jsonl"
+    texts = corpus.pretraining_text(GENERAL_SEED, 400)
+    general.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     found = {
-        (model, seed): run(model, seed, arguments.runs / f"{model}-{seed}")
+        (model, seed): run(model, seed, arguments.runs / f"{model}-{seed}", general)
         for model in MODELS
         for seed in arguments.seeds
     }
@@ -61,7 +69,7 @@ def main() -> None:
     print(arguments.out.read_text(encoding="utf-8"))
 
 
-def run(model: str, seed: int, folder: Path) -> dict[Point, dict[str, Any]]:
+def run(model: str, seed: int, folder: Path, general: Path) -> dict[Point, dict[str, Any]]:
     """For every arm and length of PPO: its KL to SFT on held-out prompts, mean score, and the changes since SFT."""
     settings = MODELS[model]
     ppo = parse(find(settings["recipe"]))["stages"]["ppo"]
@@ -74,7 +82,8 @@ def run(model: str, seed: int, folder: Path) -> dict[Point, dict[str, Any]]:
         command += ["--set", f"stages.{arm}_{steps}={json.dumps(block)}"]
     forgetting = {"of": ["sft", *(f"{arm}_{steps}" for arm, steps in points)]}
     forgetting |= {suite: settings[suite] for suite in ("perplexity", "continuation")}
-    command += ["--set", f"stages.forgetting={json.dumps({'kind': 'evaluate', 'forgetting': forgetting})}"]
+    evaluate = json.dumps({"kind": "evaluate", "forgetting": forgetting}).replace("{general}", str(general))
+    command += ["--set", f"stages.forgetting={evaluate}"]
     subprocess.run(command, check=True)
     lines = (folder / "forgetting" / "output" / "forgetting.jsonl").read_text(encoding="utf-8").splitlines()
     since_sft = [row for row in map(json.loads, lines) if row["since"] == "sft"]
