@@ -111,7 +111,9 @@ def page() -> str:
     for name in ("Sampling", "Critic", "Kl", *sources, "Overlong", "Ptx", "Signals"):
         parts.append(section(name, getattr(schema, name)))
     of_selection = (selection.Scorer, selection.Quality, selection.Necessity, selection.Coverage)
-    for block in (distill.Teacher, evaluate.Policy, *of_selection):
+    suites = (evaluate.Perplexity, evaluate.Continuation, evaluate.Translation, evaluate.Code, evaluate.TruthfulQa)
+    of_evaluate = (evaluate.Policy, evaluate.Forgetting, *suites, evaluate.Gsm8k, evaluate.Task)
+    for block in (distill.Teacher, *of_evaluate, *of_selection):
         parts.append(section(block.__name__, block))
     parts.append(estimators())
     return "\n".join(parts)

@@ -19,7 +19,7 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -141,19 +141,13 @@ class TasksSuite:
 
     def __init__(self, context: Context, blocks: list[Task]) -> None:
         self.tasks: list[tuple[Task, Any]] = []
-        manager = TaskManager()
         for number, block in enumerate(blocks):
             where = context.recipe.where("stages", context.stage, "forgetting", "tasks", str(number))
-            given: Any = block.name
-            if block.path is not None:
-                file = Path(context.recipe.data(block.path))
-                if not file.is_file():
-                    raise UserError(where, f"no file {file}", expected="a task file of lm_eval")
-                given = load_yaml(file, resolve_func=True)
-            try:
-                loaded = manager.load([given])["tasks"]
+            given = block.name or context.recipe.data(str(block.path))
+            try:  # its index of its own tasks takes seconds to make
+                loaded = TaskManager(include_defaults=block.path is None).load([given])["tasks"]
             except Exception as error:  # a task file, and what it imports, may fail in any way
-                found = f"lm_eval cannot load {block.name or block.path}: {type(error).__name__}: {error}"
+                found = f"lm_eval cannot load {given}: {type(error).__name__}: {error}"
                 raise UserError(where, found, fix="check the name with `lm_eval ls tasks`, or the file") from error
             for task in loaded.values():
                 task.set_config(key="num_fewshot", value=block.shots or task.get_config("num_fewshot") or 0)
@@ -178,8 +172,8 @@ def run(reader: Reader, task: Any, names: dict[str, str] | None, rows: int | Non
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     task.set_fewshot_seed(seed=1234)
-    found = simple_evaluate(model=Harness(reader), tasks=[task], limit=rows, bootstrap_iters=0, log_samples=True)
     name = task.config.task
+    found = evaluate(Harness(reader), {"tasks": {name: task}}, limit=rows, bootstrap_iters=0)
     samples: list[dict[str, Any]] = engine.agreed(found and found["samples"][name])
     by_filter: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for sample in samples:

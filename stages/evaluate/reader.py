@@ -85,8 +85,9 @@ class Reader:
         return [str(text) for text in kept.measure(self.context, key, [len(row) for row in rows], self.size, write)]
 
     def _fitting(self, before: Ids, after: Ids) -> tuple[Ids, Ids]:
-        after = after[-(self.context_length - 1) :]
-        return list(before[-(self.context_length - len(after)) :]), list(after)
+        """Both as far as the model reads them; it need not read the last token."""
+        after = after[-self.context_length :]
+        return list(before[-(self.context_length + 1 - len(after)) :]), list(after)
 
     def _read(self, rows: list[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
         width = max(len(before) + len(after) for before, after in rows)
@@ -99,7 +100,7 @@ class Reader:
             [len(before) + step for before, after in rows for step in range(len(after))], dtype=torch.long
         )
         with self.roles.evaluating():
-            hidden, head = self.roles("states", self.role, tokens)
+            hidden, head = self.roles("states", self.role, tokens[:, :-1])
             chosen, greedy = _chosen(hidden[row, column - 1], head, tokens[row, column])
         sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row, chosen.double().cpu())
         misses = torch.zeros(len(rows)).index_add_(0, row, (~greedy).float().cpu())

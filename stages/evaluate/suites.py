@@ -105,8 +105,7 @@ class TranslationSuite:
         sampling = Sampling(max_response_length=self.block.max_response_length, batch=reader.size)
         replies = reader.replies([reader.ids(self.prompt(pair)) for pair in self.pairs], sampling)
         said = [reply.strip().split("\n")[0] for reply in replies]
-        references = [pair.target for pair in self.pairs]
-        return corpus_measures(said, references, self.block.tokenize)
+        return corpus_measures(said, [[pair.target for pair in self.pairs]], self.block.tokenize)
 
 
 def sentence_pairs(path: str, where: str) -> list[Pair]:
@@ -132,9 +131,9 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[place * len(items) // count] for place in range(count)]
 
 
-def corpus_measures(said: list[str], references: list[str], tokenize: str) -> list[Measure]:
+def corpus_measures(said: list[str], references: list[list[str]], tokenize: str) -> list[Measure]:
     """BLEU and chrF of a corpus as sacreBLEU computes them (Post 2018; Popović 2015), 0 to 100, from each sentence's counts,
-    so that any sample of the rows has its score too."""
+    so that any sample of the rows has its score too. `references` are lists as long as `said`."""
     guesses = said[1:] + said[:1]
     found = []
     for name, metric in (("translation/bleu", BLEU(tokenize=tokenize)), ("translation/chrf", CHRF())):
@@ -149,9 +148,9 @@ def corpus_measures(said: list[str], references: list[str], tokenize: str) -> li
     return found
 
 
-def _counts(metric: Any, said: list[str], references: list[str]) -> Floats:
+def _counts(metric: Any, said: list[str], references: list[list[str]]) -> Floats:
     """What sacreBLEU counts in each sentence, float64 [rows, counts]; a corpus has their sum."""
-    return np.array(metric._extract_corpus_statistics(said, [references]), dtype=np.float64)
+    return np.array(metric._extract_corpus_statistics(said, references), dtype=np.float64)
 
 
 class CodeSuite:
