@@ -14,10 +14,14 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from sections import rest
+
 from stages.ppo.advantage import ESTIMATORS
 
 RULE = "pipeline.recipes.quickstart.corpus:judge"
 EVERY = 10
+PREFERENCES = "## Direct preference optimisation beside PPO"
+"""The section of the page that scripts/preference.py writes."""
 
 
 def main() -> None:
@@ -32,7 +36,8 @@ def main() -> None:
         for seed in arguments.seeds
         for name in arguments.estimators
     }
-    arguments.out.write_text(page(arguments.estimators, arguments.seeds, curves), encoding="utf-8")
+    others = rest(arguments.out, PREFERENCES)
+    arguments.out.write_text(page(arguments.estimators, arguments.seeds, curves) + others, encoding="utf-8")
     print(arguments.out.read_text(encoding="utf-8"))
 
 
