@@ -43,7 +43,23 @@ def summary(recipe: Recipe, run_dir: Path, stages: list[str], console: Console) 
 def _tested(metrics: dict[str, float], output: Path) -> list[tuple[str, str]]:
     """What an evaluate stage found, by its parts."""
     rows = _comparison(metrics) if "prompts" in metrics else []
-    return rows + _forgotten(_lines(output / "forgetting.jsonl"))
+    return rows + _judged(metrics) + _forgotten(_lines(output / "forgetting.jsonl"))
+
+
+def _judged(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """Each reward model's accuracy beside that of the longer reply, its calibration, and other pairs."""
+    rows = []
+    for name in metrics:
+        stem, _, last = name.rpartition("/")
+        if last == "accuracy" and name.startswith("reward_model/"):
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            shown = f"{metrics[name]:.3f} ({low:.3f} to {high:.3f}); the longer reply {metrics[f'{stem}/longer']:.3f}"
+            error = f"; calibration error {metrics[f'{stem}/ece']:.3f}" if f"{stem}/ece" in metrics else ""
+            rows.append((f"{stem.removeprefix('reward_model/')}, pairwise accuracy (95 % interval)", shown + error))
+        elif last == "agreement" and name.startswith("reward_model/"):
+            shown = f"{metrics[name]:.3f}, kappa {metrics[f'{stem}/kappa']:.3f}"
+            rows.append((f"{stem.removeprefix('reward_model/')}, members agree on", shown))
+    return rows
 
 
 def _forgotten(changes: list[dict[str, Any]]) -> list[tuple[str, str]]:

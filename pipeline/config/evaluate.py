@@ -187,11 +187,31 @@ class Forgetting(Block):
         return self
 
 
+class RewardTest(Block):
+    """How well the reward models `of` tell the better reply of a pair, several also together, as an ensemble: on the held-out
+    pairs of `data`, and on all pairs of `ood`, which no stage of the recipe learns from. At most `rows` pairs of each; a pair
+    with a text above `max_length` tokens is left out."""
+
+    of: Annotated[list[Judging], Field(min_length=1)]
+    data: Annotated[list[Source], Field(min_length=1)]
+    ood: list[Source] = Field(default_factory=list)
+    rows: Positive = 2000
+    max_length: Positive = 512
+
+    @model_validator(mode="after")
+    def _different_names(self) -> RewardTest:
+        names = [scorer.name for scorer in self.of]
+        if len(set(names)) < len(names):
+            raise misplaced("of", f"two reward models called {max(names, key=names.count)}", [])
+        return self
+
+
 class Evaluate(Frozen):
     """Tests what the run made.
 
     With `prompts`, replies of `model` stand beside those of `against` on the held-out ones, scored by the reward models
-    `reward` and by the Python function `judge`. `forgetting` says what policies can do, one after the other.
+    `reward` and by the Python function `judge`. `forgetting` says what policies can do, one after the other,
+    `reward_model` how good reward models are.
     """
 
     kind: Literal["evaluate"]
@@ -204,14 +224,31 @@ class Evaluate(Frozen):
     show: Positive = 3
     micro_batch: Positive = 32
     sampling: Sampling = Sampling()
+    reward_model: RewardTest | None = None
     forgetting: Forgetting | None = None
+
+    def longest_read(self) -> int | None:
+        """Tokens of the longest text whose likelihood or score is read, beside replies; None where none is."""
+        found = [self.reward_model.max_length] if self.reward_model else []
+        if self.forgetting and (block := self.forgetting.perplexity):
+            found.append(block.max_length)
+        if self.forgetting and (texts := self.forgetting.continuation):
+            found.append(texts.context + texts.length)
+        return max(found, default=None)
+
+    def longest_reply(self) -> int | None:
+        """Tokens of the longest reply to a suite's problem; None where none is written."""
+        asked = self.forgetting
+        written = [asked.translation, asked.code, asked.gsm8k] if asked else []
+        return max((block.max_response_length for block in written if block), default=None)
 
     @model_validator(mode="after")
     def _whole_comparison(self) -> Evaluate:
         given = {"model": self.model, "against": self.against, "prompts": self.prompts or None}
         missing = [name for name, value in given.items() if value is None]
-        if len(missing) == len(given) and self.forgetting is None:
-            raise ValueError("there is nothing to test: give `model`, `against` and `prompts`, or `forgetting`")
+        if len(missing) == len(given) and self.forgetting is None and self.reward_model is None:
+            parts = "`model`, `against` and `prompts`, or `reward_model`, or `forgetting`"
+            raise ValueError(f"there is nothing to test: give {parts}")
         if missing and (len(missing) < len(given) or self.reward or self.judge):
             raise ValueError(f"a comparison needs `model`, `against` and `prompts`; {missing[0]} is missing")
         return self

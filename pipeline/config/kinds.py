@@ -52,10 +52,22 @@ KINDS: dict[str, Kind] = {
     "evaluate": Kind(
         Evaluate,
         "stages.evaluate",
-        {"model": POLICIES, "against": POLICIES, "reward": REWARDS, "forgetting.of": POLICIES},
+        {
+            "model": POLICIES,
+            "against": POLICIES,
+            "reward": REWARDS,
+            "reward_model.of": REWARDS,
+            "forgetting.of": POLICIES,
+        },
         base_ok=frozenset({"model", "against", "forgetting.of"}),
-        sources=("prompts", "forgetting.perplexity.data", "forgetting.continuation.data"),
-        measured=("forgetting.perplexity.data", "forgetting.continuation.data"),
+        sources=(
+            "prompts",
+            "reward_model.data",
+            "reward_model.ood",
+            "forgetting.perplexity.data",
+            "forgetting.continuation.data",
+        ),
+        measured=("reward_model.ood", "forgetting.perplexity.data", "forgetting.continuation.data"),
     ),
     "pretrain": Kind(
         Pretrain,

@@ -243,6 +243,14 @@ def preference(encoder: Encoder, example: Example, max_length: int) -> dict[str,
     return {"chosen_ids": chosen, "rejected_ids": rejected, "margin": example.margin}
 
 
+def compared(encoder: Encoder, example: Example, max_length: int) -> dict[str, Any]:
+    """A row to be scored: `chosen_ids` and `rejected_ids` as for the pairwise loss, and in JSON `said`: prompt, chosen and
+    rejected reply as they stand in the data. Raises Skip when too long."""
+    row = preference(encoder, example, max_length)
+    said = json.dumps([example.prompt, example.chosen, example.rejected], ensure_ascii=False, default=str)
+    return {"chosen_ids": row["chosen_ids"], "rejected_ids": row["rejected_ids"], "said": said}
+
+
 def pair(encoder: Encoder, example: Example, max_length: int) -> dict[str, list[int]]:
     """A row for losses of pairs: `prompt_ids`, and `chosen_ids` and `rejected_ids` with their EOS. Raises Skip when the prompt
     is empty or, with the longer reply, above `max_length` tokens."""

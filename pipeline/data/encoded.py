@@ -112,6 +112,12 @@ def preferences(context: Context, tok: Any, max_length: int) -> Encoded:
     return load(context, encoder, lambda example: encode.preference(encoder, example, **settings), settings)
 
 
+def compared(context: Context, tok: Any, max_length: int, key: str) -> Encoded:
+    """Pairs to be scored, as `encode.compared` makes them."""
+    encoder, settings = encode.Encoder(tok), {"max_length": max_length}
+    return load(context, encoder, lambda example: encode.compared(encoder, example, **settings), settings, key)
+
+
 def pairs(context: Context, tok: Any, max_length: int) -> Encoded:
     """Rows for losses of pairs, as `encode.pair` makes them."""
     encoder, settings = encode.Encoder(tok), {"max_length": max_length}

@@ -72,7 +72,7 @@ def reader(kind: str, source: Source, key: str) -> Callable[[Row], Example]:
         return document
     if kind == "kto":
         return unpaired
-    return preference if kind in ("reward", "dpo") else prompt_only
+    return preference if kind in ("reward", "dpo") or key.startswith("reward_model.") else prompt_only
 
 
 def _answered(row: Row, take: str) -> Example:

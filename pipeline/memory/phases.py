@@ -88,6 +88,10 @@ class Need:
         return self.bytes / 2**30
 
 
+TASK_PROMPT = 1024
+"""Tokens of the longest prompt that is counted for suites whose prompts are in files: problems with their examples."""
+
+
 @dataclass(frozen=True)
 class Held:
     """A stage's models as they lie on a rank."""
@@ -123,8 +127,16 @@ def estimate(
     base = Parts(weights=held.weights, adapters=held.adapters, framework=FRAMEWORK[kind])
     phases = {"loading": base.plus(weights=held.file)} if engine.cpu else {}
     if isinstance(block, Evaluate):
-        phases["rollout"] = _rollout(base, block, block.sampling, block.micro_batch, 1, held, engine)
-        phases["scoring"] = _scoring(base, block, block.sampling, block.micro_batch, held, engine)
+        rows = block.micro_batch
+        if block.prompts:
+            phases["rollout"] = _rollout(base, block, block.sampling, rows, 1, held, engine)
+            phases["scoring"] = _scoring(base, block, block.sampling, rows, held, engine)
+        if (reads := block.longest_read()) is not None:
+            read = Sampling(max_prompt_length=reads, max_response_length=1)
+            phases["reading"] = _scoring(base, block, read, rows, held, engine)
+        if (writes := block.longest_reply()) is not None:
+            write = Sampling(max_prompt_length=TASK_PROMPT, max_response_length=writes, batch=rows)
+            phases["writing"] = _rollout(base, block, write, rows, 1, held, engine)
         return Need(held.parameters, 0, phases)
 
     if isinstance(block, Merge):

@@ -62,8 +62,10 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
     block = recipe.stages[stage]
     if isinstance(block, Evaluate):
         sides = [_tested(recipe, policy, block.base) for policy in (block.model, block.against) if policy is not None]
-        judges = [_published(recipe, judge.stage, block.base, "reward") for judge in block.reward if judge.stage]
-        return [*sides, *judges, *(_outside(judge.model, "reward", None) for judge in block.reward if judge.model)]
+        sides += [_tested(recipe, policy, block.base) for policy in (block.forgetting.of if block.forgetting else ())]
+        judging = [*block.reward, *(block.reward_model.of if block.reward_model else ())]
+        judges = [_published(recipe, judge.stage, block.base, "reward") for judge in judging if judge.stage]
+        return [*sides, *judges, *(_outside(judge.model, "reward", None) for judge in judging if judge.model)]
     if isinstance(block, Merge | Export):
         model = recipe.stages[block.of[0] if isinstance(block, Merge) else block.policy].base.model
         return [Role("policy", model, model, None, speaks=True, adapter=None, trained=False)]

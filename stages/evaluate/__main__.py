@@ -1,8 +1,8 @@
-"""Test what the run made: a policy's replies beside another's on held-out prompts, and what policies forgot.
+"""Test what the run made: a policy's replies beside another's, how good reward models are, and what policies forgot.
 
-Reads the stages that the block names; hands on `results.json` and what its parts show. Prompts are those that no stage
-trains on. Models are not sharded: each rank holds them and reads its part of the rows. What was measured is kept in the run's
-folder by the models' contents, so that nothing is measured twice.
+Reads the stages that the block names; hands on `results.json` and what its parts show. Prompts and pairs are those that no
+stage trains on. Models are not sharded: each rank holds them and reads its part of the rows. What was measured is kept in the
+run's folder by the models' contents, so that nothing is measured twice.
 
     deepspeed --num_gpus 2 --module stages.evaluate --recipe quickstart --stage evaluate --run-dir runs/quickstart
 """
@@ -17,7 +17,7 @@ from pipeline import engine
 from pipeline.config.evaluate import Evaluate
 from pipeline.model import begin
 from pipeline.stage import Context, main
-from stages.evaluate import forgetting, policy
+from stages.evaluate import forgetting, policy, reward_model
 from stages.evaluate.results import Results
 
 
@@ -29,6 +29,8 @@ def evaluate(context: Context) -> None:
     found = []
     if block.prompts:
         found.append(policy.compare(context, block, device))
+    if block.reward_model:
+        found.append(reward_model.test(context, block, block.reward_model, device))
     if block.forgetting:
         found.append(forgetting.compare(context, block, block.forgetting, device))
     results = Results.joined(found)
