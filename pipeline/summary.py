@@ -81,6 +81,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+RATES = {"win_rate": "win rate", "lc_win_rate": "win rate at equal length"}
+
+
 def _comparison(metrics: dict[str, float]) -> list[tuple[str, str]]:
     """Before and after side by side, and win rates with their intervals."""
     rows = []
@@ -88,9 +91,9 @@ def _comparison(metrics: dict[str, float]) -> list[tuple[str, str]]:
         stem, _, side = name.rpartition("/")
         if side == "model":
             rows.append((f"{stem}, before -> after", f"{metrics[stem + '/against']:.4g} -> {metrics[name]:.4g}"))
-        elif side == "win_rate":
+        elif side in RATES:
             low, high = metrics[name + "_low"], metrics[name + "_high"]
-            rows.append((f"{stem}, win rate (95 % interval)", f"{metrics[name]:.3f} ({low:.3f} to {high:.3f})"))
+            rows.append((f"{stem}, {RATES[side]} (95 % interval)", f"{metrics[name]:.3f} ({low:.3f} to {high:.3f})"))
     kl = metrics.get("kl")
     rows.append(("KL to the policy before, before -> after", f"0 -> {kl:.4g}"))
     rows.append(("held-out prompts", f"{metrics['prompts']:.0f}"))

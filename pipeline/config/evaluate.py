@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.block import Block, Positive, misplaced
-from pipeline.config.schema import Frozen, FunctionName, Sampling, Source
+from pipeline.config.schema import Endpoint, Frozen, FunctionName, Sampling, Source, Url
 from pipeline.config.selection import Scorer
 
 
@@ -187,6 +187,23 @@ class Forgetting(Block):
         return self
 
 
+class ChatJudge(Endpoint):
+    """A language model that says which of two replies is better, behind an OpenAI-compatible endpoint: `chat` is its address
+    up to `/chat/completions`, `model` the name it is asked for.
+
+    Each pair is asked about twice, the replies' places swapped; a reply wins that is preferred in both, else it is a tie.
+    `prompt` is a file with the question, in which {prompt}, {a} and {b} are filled in and whose answer ends in [[A]], [[B]] or,
+    for a tie, [[C]]; `key_env` names the environment variable that holds the key; `together` requests are under way at a time.
+    """
+
+    chat: Url
+    model: str
+    prompt: str | None = None
+    key_env: str | None = None
+    max_tokens: Positive = 512
+    together: Positive = 8
+
+
 class RewardTest(Block):
     """How well the reward models `of` tell the better reply of a pair, several also together, as an ensemble: on the held-out
     pairs of `data`, and on all pairs of `ood`, which no stage of the recipe learns from. At most `rows` pairs of each; a pair
@@ -210,8 +227,8 @@ class Evaluate(Frozen):
     """Tests what the run made.
 
     With `prompts`, replies of `model` stand beside those of `against` on the held-out ones, scored by the reward models
-    `reward` and by the Python function `judge`. `forgetting` says what policies can do, one after the other,
-    `reward_model` how good reward models are.
+    `reward` and by the Python function `judge`, compared by the language model `chat_judge`. `reward_model` says how good
+    reward models are, `forgetting` what policies can do, one after the other.
     """
 
     kind: Literal["evaluate"]
@@ -220,6 +237,7 @@ class Evaluate(Frozen):
     prompts: list[Source] = Field(default_factory=list)
     reward: list[Judging] = Field(default_factory=list)
     judge: FunctionName | None = None
+    chat_judge: ChatJudge | None = None
     rows: Positive = 256
     show: Positive = 3
     micro_batch: Positive = 32
@@ -249,6 +267,6 @@ class Evaluate(Frozen):
         if len(missing) == len(given) and self.forgetting is None and self.reward_model is None:
             parts = "`model`, `against` and `prompts`, or `reward_model`, or `forgetting`"
             raise ValueError(f"there is nothing to test: give {parts}")
-        if missing and (len(missing) < len(given) or self.reward or self.judge):
+        if missing and (len(missing) < len(given) or self.reward or self.judge or self.chat_judge):
             raise ValueError(f"a comparison needs `model`, `against` and `prompts`; {missing[0]} is missing")
         return self

@@ -258,19 +258,28 @@ class FunctionReward(Block):
     weight: float = 1.0
 
 
-class HttpReward(Block):
+Url = Annotated[str, Field(pattern=r"^https?://")]
+
+
+class Endpoint(Block):
+    """How an endpoint is asked: seconds, bytes. A request is tried `1 + retries` times, `backoff` seconds apart and twice as
+    long each time."""
+
+    timeout: Annotated[float, Field(gt=0.0)] = 30.0
+    retries: Annotated[int, Field(ge=0)] = 3
+    backoff: NonNegative = 1.0
+    max_bytes: Positive = 16_000_000
+
+
+class HttpReward(Endpoint):
     """An endpoint that takes JSON {prompts, responses, rows} and answers {scores}; seconds, bytes, rows per request.
 
     A request is tried `1 + retries` times, `backoff` seconds apart and twice as long each time. When all fail the run stops,
     or, with `on_failure: skip`, the rollout batch is left out and counted.
     """
 
-    http: Annotated[str, Field(pattern=r"^https?://")]
+    http: Url
     batch: Positive = 64
-    timeout: Annotated[float, Field(gt=0.0)] = 30.0
-    retries: Annotated[int, Field(ge=0)] = 3
-    backoff: NonNegative = 1.0
-    max_bytes: Positive = 16_000_000
     on_failure: Literal["stop", "skip"] = "stop"
     weight: float = 1.0
 

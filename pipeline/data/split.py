@@ -171,8 +171,10 @@ def fingerprints(recipe: Recipe, stage: str, parents: Mapping[str, str]) -> list
             found.append({"path": source.name, "sha256": content} | ({"for": key} if place else {}))
     if isinstance(block, Prepare):
         found += [_file(recipe, path, "decontaminate") for path in block.evaluation_files]
-    if isinstance(block, Evaluate) and block.forgetting is not None:
-        found += [_file(recipe, path, "forgetting") for path in block.forgetting.files]
+    if isinstance(block, Evaluate):
+        found += [_file(recipe, path, "forgetting") for path in (block.forgetting.files if block.forgetting else ())]
+        asked = block.chat_judge.prompt if block.chat_judge else None
+        found += [_file(recipe, asked, "chat_judge")] if asked else []
     return found
 
 

@@ -11,7 +11,7 @@ from http.client import HTTPException, IncompleteRead
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.config.schema import HttpReward
+from pipeline.config.schema import Endpoint, HttpReward
 from pipeline.scoring.errors import SourceError, SourceUnavailable
 from pipeline.scoring.function import Judge
 
@@ -19,6 +19,7 @@ SHOWN = 200
 """Characters of an endpoint's reply that an error shows."""
 
 CHUNK = 1 << 16
+JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -34,28 +35,37 @@ def judge(block: HttpReward, name: str) -> Judge:
     Raises SourceUnavailable when a request failed `1 + retries` times by a connection error, a timeout, HTTP 429 or 5xx,
     and SourceError at once for any other status and for a reply that is too large, not JSON, or not one score per row.
     """
-    opener = _opener(block.http)
+    opener = opener_for(block.http)
 
     def scores(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
         found: list[float] = []
         for start in range(0, len(responses), block.batch):
             part = slice(start, start + block.batch)
             asked = {"prompts": prompts[part], "responses": responses[part], "rows": rows[part]}
-            reply = _ask(opener, block, name, json.dumps(asked, allow_nan=False).encode())
+            reply = ask(opener, block, block.http, name, json.dumps(asked, allow_nan=False).encode())
             found += _parse(reply, name, len(responses[part]))
         return found
 
     return scores
 
 
-def _ask(opener: urllib.request.OpenerDirector, block: HttpReward, name: str, body: bytes) -> bytes:
-    """The reply to one request, tried again after `backoff`, 2 `backoff`, 4 `backoff` … seconds."""
+def ask(
+    opener: urllib.request.OpenerDirector,
+    block: Endpoint,
+    url: str,
+    name: str,
+    body: bytes,
+    headers: dict[str, str] | None = None,
+) -> bytes:
+    """The reply to one request, tried again after `backoff`, 2 `backoff`, 4 `backoff` … seconds. Raises SourceError under
+    `name`."""
     reason = ""
+    request = urllib.request.Request(url, body, {**JSON, **(headers or {})}, method="POST")
     for attempt in range(1 + block.retries):
         if attempt:
             time.sleep(block.backoff * 2 ** (attempt - 1))
         try:
-            reply = _post(opener, block, body)
+            reply = _post(opener, block, request)
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code}: {_beginning(error)}"
             if error.code != 429 and error.code < 500:
@@ -71,10 +81,8 @@ def _ask(opener: urllib.request.OpenerDirector, block: HttpReward, name: str, bo
     raise SourceUnavailable(name, None, f"failed {times} with {reason}")
 
 
-def _post(opener: urllib.request.OpenerDirector, block: HttpReward, body: bytes) -> bytes | None:
+def _post(opener: urllib.request.OpenerDirector, block: Endpoint, request: urllib.request.Request) -> bytes | None:
     """The body of one reply, or None as soon as it is known to exceed `max_bytes`."""
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    request = urllib.request.Request(block.http, body, headers, method="POST")
     # urllib's timeout is for each wait on the socket; the deadline stops an endpoint that sends a byte now and then.
     deadline = time.monotonic() + block.timeout
     with opener.open(request, timeout=block.timeout) as reply:
@@ -96,10 +104,10 @@ def _parse(reply: bytes, name: str, size: int) -> list[Any]:
     try:
         answer = json.loads(reply)
     except ValueError:
-        raise SourceError(name, None, f"its reply is not JSON: {_text(reply)}") from None
+        raise SourceError(name, None, f"its reply is not JSON: {beginning(reply)}") from None
     scores = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(scores, list):
-        raise SourceError(name, None, f"its reply has no list `scores`: {_text(reply)}")
+        raise SourceError(name, None, f"its reply has no list `scores`: {beginning(reply)}")
     if len(scores) != size:
         raise SourceError(name, None, f"its reply has {len(scores)} scores for {size} responses")
     return scores
@@ -109,16 +117,17 @@ def _beginning(error: urllib.error.HTTPError) -> str:
     """The first characters of an error's body, as far as it can be read."""
     with error:
         try:
-            return _text(error.read(4 * SHOWN))
+            return beginning(error.read(4 * SHOWN))
         except (OSError, HTTPException):
             return ""
 
 
-def _text(body: bytes) -> str:
+def beginning(body: bytes) -> str:
+    """The first characters of a body, for an error."""
     return body[: 4 * SHOWN].decode(errors="replace")[:SHOWN]  # a character has four bytes at most
 
 
-def _opener(url: str) -> urllib.request.OpenerDirector:
+def opener_for(url: str) -> urllib.request.OpenerDirector:
     """An opener that follows no redirect, and on this machine goes past the proxy that the environment names."""
     host = urlsplit(url).hostname or ""
     try:

@@ -36,7 +36,7 @@ def build(source: FunctionReward | HttpReward | VerifyReward, where: str) -> Sou
     if isinstance(source, FunctionReward):
         return Source(f"function:{source.function}", source.weight, load_function(source.function, where))
     if isinstance(source, HttpReward):
-        name = f"http:{_address(source.http, where)}"
+        name = f"http:{address(source.http, where)}"
         return Source(name, source.weight, http.judge(source, name))
     name = f"verify:{source.verify}"
     return Source(name, source.weight, verify.judge(source, name))
@@ -77,7 +77,7 @@ def _number(value: Any) -> float | None:
         return float("inf")
 
 
-def _address(url: str, where: str) -> str:
+def address(url: str, where: str) -> str:
     """`host:port/path` of an URL: its query may hold a key and stays out of names."""
     try:
         parts = urlsplit(url)

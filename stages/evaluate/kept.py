@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from pipeline import engine
 from pipeline.config.recipe import digest
+from pipeline.errors import Trouble
 from pipeline.stage import Context, Stopped
 
 FORMAT = 1
@@ -34,7 +35,7 @@ def measure(
 
     `lengths` are the rows' tokens; rows of like length go together, `size` at a time. `read` is given rows' numbers and runs
     on one rank. `key` says what `read` depends on. Raises Stopped, with all that was read kept, when the stage is asked to
-    stop.
+    stop, and what `read` raises of Trouble, with what was read before kept.
     """
     ordered = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
@@ -42,8 +43,8 @@ def measure(
     said: list[list[Any]] = engine.on_main(lambda: _kept(file))
     while len(said) < len(batches):
         numbers = range(len(said), min(len(said) + BATCHES, len(batches)))
-        mine = {number: read(batches[number]) for number in numbers[context.rank :: context.world_size]}
-        found = _together(mine)
+        mine = {number: batches[number] for number in numbers[context.rank :: context.world_size]}
+        found = _together(mine, read)
         fresh = [found[number] for number in numbers]
         engine.on_main(lambda fresh=fresh: _keep(file, fresh))  # type: ignore[misc]
         said += fresh
@@ -55,11 +56,20 @@ def measure(
     return [answers[row] for row in range(len(lengths))]
 
 
-def _together(mine: dict[int, list[Any]]) -> dict[int, list[Any]]:
-    """All ranks' batches."""
-    parts: list[dict[int, list[Any]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    return {number: values for part in parts for number, values in part.items()}
+def _together(mine: dict[int, list[int]], read: Callable[[list[int]], list[Any]]) -> dict[int, list[Any]]:
+    """What is said of all ranks' batches. Trouble on one rank is raised on all."""
+    found: dict[int, list[Any]] = {}
+    trouble: Trouble | None = None
+    try:
+        found = {number: read(rows) for number, rows in mine.items()}
+    except Trouble as raised:
+        trouble = raised
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (found, trouble))
+    for _, raised_there in parts:
+        if raised_there is not None:
+            raise raised_there
+    return {number: values for part, _ in parts for number, values in part.items()}
 
 
 def _kept(file: Path) -> list[list[Any]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from pipeline.config.evaluate import Evaluate, Policy
+from pipeline.config.evaluate import ChatJudge, Evaluate, Policy
+from pipeline.config.recipe import digest
 from pipeline.config.schema import FunctionReward
 from pipeline.data import encode, encoded
 from pipeline.errors import UserError
@@ -15,23 +18,23 @@ from pipeline.generation.rollout import Rollout, keys
 from pipeline.model import begin
 from pipeline.model.assemble import assemble, plain, scoring
 from pipeline.model.load import eos_ids
+from pipeline.scoring.chat import Answer, Chat
 from pipeline.scoring.classifier import from_outside
 from pipeline.scoring.source import build, checked
 from pipeline.stage import Context
 from stages.evaluate import kept, subject
+from stages.evaluate.comparison import Record, by_source, compared, side_by_side, summary, verdicts
 from stages.evaluate.results import Results
-from stages.evaluate.statistics import win_rate
 
 TESTED, AGAINST = "tested", "against"
 """The two policies' roles. PEFT looks for an adapter's name in the names of parameters, most of which say `model`."""
-
-Record = dict[str, Any]
 
 
 def compare(context: Context, block: Evaluate, device: torch.device) -> Results:
     """Both policies' replies to the first `rows` held-out prompts, side by side. Raises UserError when there is none."""
     where = context.recipe.where("stages", context.stage, "judge")
     judge = build(FunctionReward(function=block.judge), where) if block.judge else None
+    chat = chat_judge(context, block.chat_judge) if block.chat_judge else None
 
     policies = cast(tuple[Policy, Policy], (block.model, block.against))
     first, second = (subject.baton(context, policy) for policy in policies)
@@ -49,16 +52,29 @@ def compare(context: Context, block: Evaluate, device: torch.device) -> Results:
     speakers = Speakers(context, block, policies, tok, prompts, device)
     sides = {"model": speakers.answers(TESTED), "against": speakers.answers(AGAINST)}
     origins = [prompt.source for prompt in prompts]
-    metrics = summary(sides, [scorer.name for scorer in block.reward], origins)
+    judged = {
+        f"score/{s.name}": {side: [r["scores"][s.name] for r in sides[side]] for side in sides} for s in block.reward
+    }
     if judge is not None:
         rows = [prompt.row for prompt in prompts]
-        scores = {
+        judged["judge"] = {
             side: checked(judge, [r["prompt"] for r in records], [r["reply"] for r in records], rows)
             for side, records in sides.items()
         }
-        metrics |= compared("judge", scores["model"], scores["against"], block.seed)
-        metrics |= by_source("judge", scores["model"], scores["against"], origins)
-    return Results(metrics, {"samples.jsonl": side_by_side(sides)}, {"": counts})
+    table, metrics = side_by_side(sides, judged), summary(sides)
+    longer = [float(m["length"] - a["length"]) for m, a in zip(sides["model"], sides["against"], strict=True)]
+    for name, scores in judged.items():
+        metrics |= compared(name, scores["model"], scores["against"], longer, block.seed)
+        metrics |= by_source(name, scores["model"], scores["against"], origins)
+    if chat is not None:
+        answers = asked(context, block, chat, sides)
+        metrics |= verdicts(answers, longer, block.seed)
+        for row, answer in zip(table, answers, strict=True):
+            row["chat_judge"] = answer
+    read = {"": counts}
+    if block.chat_judge and block.chat_judge.prompt:
+        read["chat_judge"] = {block.chat_judge.prompt: Counter()}
+    return Results(metrics, {"samples.jsonl": table}, read)
 
 
 class Speakers:
@@ -125,6 +141,7 @@ class Speakers:
                 "prompt": self.encoder.text(rollout.tokens[row, : int(rollout.prompt_lengths[row])].tolist()),
                 "reply": self.encoder.text(rollout.response(row)),
                 "kl": float(kl[row]),
+                "tokens": rollout.response(row)[: int(rollout.lengths[row]) - int(rollout.ended[row])],
                 "length": int(rollout.lengths[row]),
                 "ended": bool(rollout.ended[row]),
                 "scores": {name: float(value[row]) for name, value in scores.items()},
@@ -133,57 +150,27 @@ class Speakers:
         ]
         for name, classifier in self.outside.items():
             found = classifier([r["prompt"] for r in records], [r["reply"] for r in records])
-            for record, score in zip(records, found, strict=True):
-                record["scores"][name] = score
+            for record, value in zip(records, found, strict=True):
+                record["scores"][name] = value
         return records
 
 
-def side_by_side(sides: dict[str, list[Record]]) -> list[Record]:
-    """One row per prompt: both replies and their scores."""
-    return [
-        {
-            "prompt": m["prompt"],
-            "before": a["reply"],
-            "after": m["reply"],
-            "scores_before": a["scores"],
-            "scores_after": m["scores"],
-        }
-        for m, a in zip(sides["model"], sides["against"], strict=True)
-    ]
+def chat_judge(context: Context, block: ChatJudge) -> Chat:
+    where = context.recipe.where("stages", context.stage, "chat_judge")
+    return Chat(block, where, Path(context.recipe.local(block.prompt)) if block.prompt else None)
 
 
-def summary(sides: dict[str, list[Record]], rewards: list[str], origins: Sequence[str]) -> dict[str, float]:
-    """Means over the held-out prompts, for both sides, and the reward models' win rates; also by the sources of the prompts,
-    `origins`."""
-    metrics: dict[str, float] = {"prompts": float(len(sides["model"]))}
-    for side, rows in sides.items():
-        metrics[f"length/{side}"] = sum(r["length"] for r in rows) / len(rows)
-        metrics[f"ended/{side}"] = sum(r["ended"] for r in rows) / len(rows)
-    metrics["kl"] = sum(r["kl"] for r in sides["model"]) / len(sides["model"])
-    for name in rewards:
-        ours, theirs = ([r["scores"][name] for r in sides[side]] for side in ("model", "against"))
-        metrics |= compared(f"score/{name}", ours, theirs)
-        metrics |= by_source(f"score/{name}", ours, theirs, origins)
-    return metrics
+def asked(context: Context, block: Evaluate, chat: Chat, sides: dict[str, list[Record]]) -> list[tuple[Answer, Answer]]:
+    """The chat judge's two answers on each prompt, kept: an endpoint is asked once. Collective."""
+    prompts = [row["prompt"] for row in sides["model"]]
+    ours, theirs = ([row["reply"] for row in sides[side]] for side in ("model", "against"))
 
+    def some(picked: list[int]) -> list[tuple[Answer, Answer]]:
+        return chat(*([column[row] for row in picked] for column in (prompts, ours, theirs)))
 
-def compared(name: str, ours: list[float], theirs: list[float], seed: int = 0) -> dict[str, float]:
-    """Mean scores of both sides and the share of prompts that `ours` wins, with its 95 % interval."""
-    rate, low, high = win_rate(ours, theirs, seed=seed)
-    return {
-        f"{name}/model": sum(ours) / len(ours),
-        f"{name}/against": sum(theirs) / len(theirs),
-        f"{name}/win_rate": rate,
-        f"{name}/win_rate_low": low,
-        f"{name}/win_rate_high": high,
+    key = {
+        "chat": [chat.url, chat.block.model, chat.block.max_tokens, chat.question],
+        "texts": digest([prompts, ours, theirs]),
     }
-
-
-def by_source(name: str, ours: list[float], theirs: list[float], origins: Sequence[str]) -> dict[str, float]:
-    """Mean scores of both sides on the prompts of each source; nothing for a single source."""
-    found: dict[str, float] = {}
-    for source in sorted(set(origins)):
-        places = [place for place, origin in enumerate(origins) if origin == source]
-        found[f"{name}/{source}/model"] = sum(ours[place] for place in places) / len(places)
-        found[f"{name}/{source}/against"] = sum(theirs[place] for place in places) / len(places)
-    return found if len(set(origins)) > 1 else {}
+    answers = kept.measure(context, key, [0] * len(prompts), block.micro_batch, some)
+    return [(first, second) for first, second in answers]

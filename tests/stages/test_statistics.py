@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
-from stages.evaluate.statistics import win_rate
+from stages.evaluate.statistics import RIDGE, length_controlled, win_rate
 
 pytestmark = pytest.mark.fast
 
@@ -74,3 +75,53 @@ def test_the_seed_decides_the_interval() -> None:
     assert win_rate(*sides, draws=500, seed=1) == win_rate(*sides, draws=500, seed=1)
     assert len({win_rate(*sides, draws=500, seed=seed) for seed in range(5)}) > 1
     assert win_rate(*sides, draws=1500)[0] == 0.37
+
+
+def test_equal_lengths_leave_the_win_rate() -> None:
+    """sigmoid(a) of a fit without lengths is the share; the ridge moves it by less than a thousandth."""
+    won = [1.0] * 65 + [0.0] * 30 + [0.5] * 5
+    found, low, high = length_controlled(won, [3.0] * 100)
+    assert found == pytest.approx(0.675, abs=1e-3)
+    error = 1.96 * np.std(won) / 10
+    assert (low, high) == pytest.approx((0.675 - error, 0.675 + error), abs=0.02)
+
+
+def test_preference_for_length_alone_is_no_win() -> None:
+    """The longer reply wins as sigmoid(3 tanh(d / std)) says, and ours is longer in four of five."""
+    generator = np.random.default_rng(0)
+    lengths = generator.normal(8.0, 10.0, 4000)
+    won = (generator.random(4000) < 1 / (1 + np.exp(-3 * np.tanh(lengths / lengths.std())))).astype(float)
+    assert won.mean() > 0.7
+    found, low, high = length_controlled(won.tolist(), lengths.tolist())
+    assert found == pytest.approx(0.5, abs=0.05)
+    assert low < 0.5 < high
+
+
+def test_a_known_effect_comes_out() -> None:
+    """P(win) = sigmoid(0.8 + 1.5 tanh(d / std)): 0.69 at equal length, inside the interval."""
+    generator = np.random.default_rng(1)
+    lengths = generator.normal(5.0, 12.0, 4000)
+    chance = 1 / (1 + np.exp(-(0.8 + 1.5 * np.tanh(lengths / lengths.std()))))
+    won = (generator.random(4000) < chance).astype(float)
+    _, low, high = length_controlled(won.tolist(), lengths.tolist())
+    assert low < 1 / (1 + np.exp(-0.8)) < high
+    assert high - low < 0.06
+    assert won.mean() > high  # the plain rate has the length in it
+
+
+def test_the_fit_is_scikit_learn_s() -> None:
+    """Logistic regression with both coefficients penalised, a tie as half a win and half a loss."""
+    generator = np.random.default_rng(2)
+    lengths = generator.normal(2.0, 5.0, 60)
+    won = generator.choice([0.0, 0.5, 1.0], 60)
+    feature = np.tanh(lengths / lengths.std())
+    rows = np.stack([np.ones(60), feature], 1)
+    model = LogisticRegression(C=1 / RIDGE, fit_intercept=False, tol=1e-10, max_iter=10000)
+    model.fit(np.concatenate([rows, rows]), [1] * 60 + [0] * 60, np.concatenate([won, 1 - won]))
+    expected = 1 / (1 + np.exp(-model.coef_[0, 0]))
+    assert length_controlled(won.tolist(), lengths.tolist())[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_all_won_stays_finite() -> None:
+    found, low, high = length_controlled([1.0] * 20, list(range(20)))
+    assert 0.9 < low <= found <= high <= 1.0

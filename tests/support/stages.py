@@ -66,6 +66,18 @@ def stopped(recipe: str, stage: str, run_dir: str) -> bool:
     return False
 
 
+def refused(recipe: str, stage: str, run_dir: str) -> str:
+    """What the stage says, on every rank, as it ends with an error that it tells in a paragraph."""
+    from pipeline.errors import Trouble, UserError
+
+    try:
+        run(recipe, stage, run_dir)
+    except (UserError, Trouble) as error:
+        barrier()
+        return str(error)
+    raise AssertionError(f"{stage} was not refused")
+
+
 def chain(recipe: str, run_dir: str, overrides: list[str] | None = None, until: str | None = None) -> dict[str, str]:
     """Run all stages of a recipe in order; content hash by stage."""
     from pipeline.config.recipe import load
