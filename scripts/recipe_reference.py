@@ -112,7 +112,15 @@ def page() -> str:
         parts.append(section(name, getattr(schema, name)))
     of_selection = (selection.Scorer, selection.Quality, selection.Necessity, selection.Coverage)
     suites = (evaluate.Perplexity, evaluate.Continuation, evaluate.Translation, evaluate.Code, evaluate.TruthfulQa)
-    of_evaluate = (evaluate.Policy, evaluate.RewardTest, evaluate.Forgetting, *suites, evaluate.Gsm8k, evaluate.Task)
+    of_evaluate = (
+        evaluate.Policy,
+        evaluate.ChatJudge,
+        evaluate.RewardTest,
+        evaluate.Forgetting,
+        *suites,
+        evaluate.Gsm8k,
+        evaluate.Task,
+    )
     for block in (distill.Teacher, *of_evaluate, *of_selection):
         parts.append(section(block.__name__, block))
     parts.append(estimators())
