@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import handoff
-from pipeline.config.recipe import DS_CONFIGS, Recipe, deepspeed_config, digest, functions, outside, resolved, sources
+from pipeline.config.recipe import (
+    DS_CONFIGS,
+    Recipe,
+    deepspeed_config,
+    digest,
+    elsewhere,
+    functions,
+    outside,
+    resolved,
+    sources,
+)
 from pipeline.config.tokens import template_file
 from pipeline.data.read import file_hash
 from pipeline.data.split import fingerprints
@@ -48,6 +58,9 @@ def inputs(recipe: Recipe, stage: str, run_dir: Path) -> dict[str, Any]:
                 fix=f"run it first: relay run {recipe.name} --until {parent}",
             )
         parents[parent] = manifest["content_hash"]
+    for part in elsewhere(block):
+        baton = handoff.elsewhere(recipe, str(part.run), part.stage)
+        parents[part.name] = baton.content_hash if baton else None
     return {
         "block": resolved(block),
         "base": handoff.model_hash(recipe.local(block.base.model), block.base.revision) if block.base else None,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pipeline import chain, handoff, launch
 from pipeline.config.kinds import KINDS
-from pipeline.config.recipe import Recipe, load
+from pipeline.config.recipe import Recipe, elsewhere, load
 from pipeline.config.schema import Classify, Frozen
 from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
@@ -296,8 +296,9 @@ def verify(
             console.print(f"[bold]{stage}[/bold]  nothing published")
             continue
         baton = handoff.open_baton(folder / stage)
+        others = {part.name: Path(loaded.local(str(part.run))) / part.stage for part in elsewhere(loaded.stages[stage])}
         for parent, expected in baton.manifest["parents"].items():
-            found = handoff.open_baton(folder / parent).content_hash
+            found = handoff.open_baton(others.get(parent, folder / parent)).content_hash
             if found != expected:
                 raise UserError(
                     f"stage {stage}",

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.recipe import digest
+from pipeline.config.recipe import Recipe, digest
 from pipeline.config.schema import Adapter
 from pipeline.data.read import file_hash
 from pipeline.errors import UserError
@@ -227,6 +227,14 @@ def open_baton(stage_dir: Path) -> Baton:
     if content_hash(output, found) != manifest["content_hash"]:
         raise UserError(str(output / MANIFEST), "its content hash does not fit its files", fix=_rebuild(stage_dir))
     return Baton(output, manifest)
+
+
+def elsewhere(recipe: Recipe, run: str, stage: str) -> Baton | None:
+    """What a stage of another run published, by its manifest alone; None where it has not. `run` is that run's folder, as the
+    recipe means it."""
+    folder = Path(recipe.local(run)) / stage
+    manifest = read_manifest(folder)
+    return None if manifest is None else Baton(folder / OUTPUT, manifest)
 
 
 def check_same_tokenizer(first: Baton, second: Baton) -> None:

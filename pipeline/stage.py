@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline import chain, handoff
 from pipeline.config.kinds import DATA
-from pipeline.config.recipe import BASE, Recipe, load
+from pipeline.config.recipe import BASE, Recipe, elsewhere, load
 from pipeline.config.schema import Stage
 from pipeline.data.split import Counts
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, Trouble, UserError
@@ -258,7 +258,9 @@ def execute(
                 handoff.recover(run_dir / name)
         record = json.loads(json.dumps(chain.inputs(recipe, stage, run_dir)))
         batons = {parent: handoff.open_baton(run_dir / parent) for parent in recipe.parents(stage)}
-        speaking = [batons[name] for name in batons if recipe.stages[name].kind not in DATA]
+        for part in elsewhere(recipe.stages[stage]):
+            batons[part.name] = handoff.open_baton(Path(recipe.local(str(part.run))) / part.stage)
+        speaking = [batons[name] for name in batons if batons[name].manifest["kind"] not in DATA]
         for other in speaking[1:]:
             handoff.check_same_tokenizer(speaking[0], other)
         context = Context(recipe, stage, run_dir, rank, world_size, record, batons)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from pipeline.config import distill, evaluate, schema, selection
+from pipeline.config import distill, evaluate, merge, schema, selection
 from pipeline.config.kinds import DATA, KINDS, POLICIES, REWARDS, Kind
 from pipeline.config.methods import METHODS, Method
 from pipeline.config.prepare import STEPS
@@ -66,6 +66,7 @@ def kind(annotation: Any) -> str:
         ("pipeline.config.selection.", ""),
         ("pipeline.config.distill.", ""),
         ("pipeline.config.evaluate.", ""),
+        ("pipeline.config.merge.", ""),
         ("NoneType", "none"),
         ("Literal", "one of "),
     ):
@@ -121,7 +122,7 @@ def page() -> str:
         evaluate.Gsm8k,
         evaluate.Task,
     )
-    for block in (distill.Teacher, *of_evaluate, *of_selection):
+    for block in (distill.Teacher, merge.Part, *of_evaluate, *of_selection):
         parts.append(section(block.__name__, block))
     parts.append(estimators())
     return "\n".join(parts)
@@ -258,7 +259,8 @@ merge: {kind: merge, of: [sft_a, sft_b], combination: ties, density: 0.5, weight
 PEFT's `add_weighted_adapter` combines LoRA, QLoRA and rsLoRA adapters on one base (checked by content); other methods are
 refused. `linear`, `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` work on the factors A and B apart, as PEFT has it:
 the change is then not the sum of the changes. `cat` is, at the sum of the ranks. What comes out has the stage's own rank and
-scale, so that a next stage can go on training it. Stages of other runs cannot be named yet.
+scale, so that a next stage can go on training it. A stage of another run is named by that run's folder, `{run: runs/other,
+stage: sft}`: its baton is verified, stands in the lineage, and makes the merge stale when it changes.
 """
 
 

@@ -1,7 +1,8 @@
 """One adapter out of those of several stages: their weighted sum, or what TIES or DARE leave of it.
 
-Reads policies whose LoRA adapters stand on one base; hands on one such adapter, of the same shape (with `cat` of the ranks'
-sum), on that base. It trains nothing and runs in one process; it does not combine full models or heads.
+Reads policies, of this run or of others, whose LoRA adapters stand on one base; hands on one such adapter, of the same shape
+(with `cat` of the ranks' sum), on that base. It trains nothing and runs in one process; it does not combine full models or
+heads.
 
     deepspeed --num_gpus 1 --module stages.merge --recipe r.yaml --stage merge --run-dir runs/r
 """
@@ -28,7 +29,8 @@ def merge(context: Context) -> None:
     if not context.is_main:
         return
     block = cast(Merge, context.block)
-    batons = [context.batons[name] for name in block.of]
+    names = [part.name for part in block.of]
+    batons = [context.batons[name] for name in names]
     base = common_base(context, batons)
 
     tok = load.tokenizer(str(batons[0].path))
@@ -38,7 +40,7 @@ def merge(context: Context) -> None:
 
     record = batons[0].manifest["base"]
     write = begin.writer(model, tok, record)
-    metrics = {f"weight/{name}": weight for name, weight in zip(block.of, weights(block), strict=True)}
+    metrics = {f"weight/{name}": weight for name, weight in zip(names, weights(block), strict=True)}
     context.publish(write, base=record, method=block.adapter.method, metrics=metrics, counts={}, zero_stage=0)
 
 

@@ -23,7 +23,7 @@ from pipeline.config.export import Export
 from pipeline.config.fitting import check_attention, check_export, check_method
 from pipeline.config.kinds import DATA, KINDS
 from pipeline.config.measured import check_measured
-from pipeline.config.merge import Merge, check_merge
+from pipeline.config.merge import Merge, Part, check_merge
 from pipeline.config.methods import METHODS
 from pipeline.config.mixture import check_mixture
 from pipeline.config.ppo import check_ppo
@@ -175,12 +175,19 @@ def upstream(block: Stage) -> Iterator[tuple[str, str]]:
         value = _value(block, key)
         for item in value if isinstance(value, list) else [value]:
             name = item if isinstance(item, str) else getattr(item, "stage", None)
+            if getattr(item, "run", None) is not None:
+                continue
             for stage in name if isinstance(name, list) else [name] if name is not None else []:
                 yield key, stage
     for key in kind.sources:
         for source in sources(block, key):
             if source.stage is not None:
                 yield key, source.stage
+
+
+def elsewhere(block: Stage) -> list[Part]:
+    """The stages of other runs that a block names."""
+    return [part for part in block.of if part.run is not None] if isinstance(block, Merge) else []
 
 
 def outside(block: Stage) -> Iterator[tuple[str, Any]]:

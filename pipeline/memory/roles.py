@@ -67,7 +67,7 @@ def roles(recipe: Recipe, stage: str) -> list[Role]:
         judges = [_published(recipe, judge.stage, block.base, "reward") for judge in judging if judge.stage]
         return [*sides, *judges, *(_outside(judge.model, "reward", None) for judge in judging if judge.model)]
     if isinstance(block, Merge | Export):
-        model = recipe.stages[block.of[0] if isinstance(block, Merge) else block.policy].base.model
+        model = (block if isinstance(block, Merge) else recipe.stages[block.policy]).base.model
         return [Role("policy", model, model, None, speaks=True, adapter=None, trained=False)]
     if isinstance(block, Selection):
         return _selecting(recipe, block)
@@ -162,7 +162,8 @@ def _standing(recipe: Recipe, name: str) -> str:
     """Whose weights the output of stage `name` stands on: its own after full training, else those below its adapter."""
     block = recipe.stages[name]
     if isinstance(block, Merge):
-        return _standing(recipe, block.of[0])
+        first = block.of[0]
+        return _standing(recipe, first.stage) if first.run is None else block.base.model
     return f"output of {name}" if block.adapter.is_full else _below(recipe, name, _start(block))
 
 

@@ -176,6 +176,54 @@ def test_lineage_and_bytes(case: Case, tmp_path: Path) -> None:
     assert (other / "dare_ties" / "output" / "adapter_model.safetensors").read_bytes() != first
 
 
+def test_stages_of_other_runs(case: Case, tmp_path: Path) -> None:
+    """The same sum as within one run, with both parents in the lineage; stale when the other run has made its stage anew."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for run, stage in ((ours, "one"), (theirs, "two")):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "output").symlink_to(case.run / stage / "output")
+    stages = {"one": SFT, "linear": {**OF, "of": ["one", {"run": str(theirs), "stage": "two"}]}}
+    path = recipe(tmp_path, case.base, stages, adapter={"method": "lora", "r": 4, "alpha": 8})
+    asked = {"recipe": str(path), "stage": "linear", "run_dir": str(ours)}
+    case.ranks.call("tests.support.stages:run", **asked)
+    made, within = handoff.open_baton(ours / "linear"), handoff.open_baton(case.run / "linear")
+    assert made.content_hash == within.content_hash
+    assert sorted(made.manifest["parents"].values()) == sorted(within.manifest["parents"].values())
+    assert set(made.manifest["parents"]) == {"one", f"{theirs}/two"}
+    assert made.manifest["metrics"] == {"weight/one": WEIGHTS[0], f"weight/{theirs}/two": WEIGHTS[1]}
+    assert chain.state(load(path), "linear", ours).done
+    verify = [sys.executable, "-m", "pipeline.cli", "verify", str(path), "--run-dir", str(ours)]
+    assert "linear" in subprocess.run(verify, capture_output=True, text=True, check=True, cwd=tiny.ROOT).stdout
+
+    (theirs / "two" / "output").unlink()
+    other = {"recipe": str(case.recipe), "stage": "two", "run_dir": str(theirs)}
+    case.ranks.call("tests.support.stages:run", **other, overrides=["stages.two.seed=9"])
+    state = chain.state(load(path), "linear", ours)
+    assert not state.done
+    assert "parents" in state.why
+    done = subprocess.run(verify, capture_output=True, text=True, cwd=tiny.ROOT)
+    assert done.returncode == 2
+    assert "it was made from" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"run": "nowhere", "stage": "two"}, "nowhere has no published stage two"),
+        ({"run": "RUN", "stage": "tow"}, "has no published stage tow"),
+        ({"run": "RUN", "stage": "cat"}, "trains another adapter than linear is to hand on"),
+        ({"run": "RUN", "stage": "export"}, "which trains full|trains another adapter"),
+    ],
+)
+def test_other_runs_are_looked_at_before_anything_runs(
+    case: Case, tmp_path: Path, part: dict[str, str], words: str
+) -> None:
+    given = {name: value.replace("RUN", str(case.run)) for name, value in part.items()}
+    stages = {"one": SFT, "linear": {**OF, "of": ["one", given]}}
+    with pytest.raises(UserError, match=words):
+        load(recipe(tmp_path, case.base, stages, adapter={"method": "lora", "r": 4, "alpha": 8}))
+
+
 def test_a_next_stage_goes_on_training_it(case: Case) -> None:
     onward = handoff.open_baton(case.run / "onward")
     assert onward.manifest["base"] == handoff.open_baton(case.run / "ties").manifest["base"]
