@@ -23,7 +23,7 @@ from pipeline.data import show as data_show
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, UserError
 from pipeline.lock import run_lock
 from pipeline.memory import Need
-from pipeline.summary import summary
+from pipeline.summary import results, summary
 
 commands = typer.Typer(
     no_args_is_help=True,
@@ -141,13 +141,16 @@ def status(
     method: Method = None,
     data: Folder = None,
 ) -> None:
-    """Which stages are done, which will run, and why."""
+    """Which stages are done, which will run, and why; and what evaluate stages found."""
     loaded, folder, _ = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), ranks)
     table = Table("stage", "kind", "state", "why")
     for stage in loaded.order():
         state = chain.state(loaded, stage, folder)
         table.add_row(stage, loaded.stages[stage].kind, "done" if state.done else "to run", state.why)
     console.print(table)
+    tested = [stage for stage in loaded.order() if loaded.stages[stage].kind == "evaluate"]
+    if any(handoff.read_manifest(folder / stage) for stage in tested):
+        console.print(results(loaded, folder, tested))
 
 
 @commands.command()

@@ -14,7 +14,19 @@ from pipeline.config.recipe import Recipe
 
 
 def summary(recipe: Recipe, run_dir: Path, stages: list[str], console: Console) -> None:
-    """Final metrics of each stage, the comparison of an evaluate stage, and where the outputs are."""
+    """Final metrics of each stage, what an evaluate stage found, and where the outputs are."""
+    console.print(results(recipe, run_dir, stages))
+    for stage in stages:
+        if recipe.stages[stage].kind == "evaluate":
+            _samples(
+                run_dir / stage / handoff.OUTPUT / "samples.jsonl", getattr(recipe.stages[stage], "show", 3), console
+            )
+    for stage in stages:
+        console.print(f"{stage}: {run_dir / stage / handoff.OUTPUT}")
+
+
+def results(recipe: Recipe, run_dir: Path, stages: list[str]) -> Table:
+    """Final metrics of the published ones of `stages`."""
     table = Table("stage", "result", "value", title=f"{recipe.name}", title_justify="left")
     for stage in stages:
         manifest = handoff.read_manifest(run_dir / stage)
@@ -30,14 +42,7 @@ def summary(recipe: Recipe, run_dir: Path, stages: list[str], console: Console) 
         for number, (name, value) in enumerate(rows):
             table.add_row(stage if number == 0 else "", name, value)
         table.add_section()
-    console.print(table)
-    for stage in stages:
-        if recipe.stages[stage].kind == "evaluate":
-            _samples(
-                run_dir / stage / handoff.OUTPUT / "samples.jsonl", getattr(recipe.stages[stage], "show", 3), console
-            )
-    for stage in stages:
-        console.print(f"{stage}: {run_dir / stage / handoff.OUTPUT}")
+    return table
 
 
 def _tested(metrics: dict[str, float], output: Path) -> list[tuple[str, str]]:

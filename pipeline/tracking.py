@@ -71,7 +71,7 @@ class Tracker:
         self.progress.update(step, metrics)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """A table of rollouts: prompt, reply, score, kl."""
+        """A table of replies: of a rollout with its score and KL, or of two policies side by side; rows have the same keys."""
         if not self.enabled or not rows:
             return
         with (self._path.parent / "samples.jsonl").open("a", encoding="utf-8") as stream:
@@ -107,6 +107,11 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
+def _cell(value: Any) -> Any:
+    """A value as a table shows it: text and numbers as they are, anything else as JSON."""
+    return value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)
+
+
 class TensorBoardSink:
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -118,8 +123,8 @@ class TensorBoardSink:
             self._writer.add_scalar(name, value, step)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        text = "\n\n".join(f"**{r['prompt']}** {r['reply']}  \nscore {r['score']:.3f}, kl {r['kl']:.3f}" for r in rows)
-        self._writer.add_text("samples", text, step)
+        told = ["  \n".join(f"**{name}** {_cell(value)}" for name, value in row.items()) for row in rows]
+        self._writer.add_text("samples", "\n\n".join(told), step)
 
     def close(self) -> None:
         self._writer.close()
@@ -160,8 +165,8 @@ class WandbSink:
         self._try(lambda: self._run.log(dict(metrics), step=step))
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        columns = ["step", "prompt", "reply", "score", "kl"]
-        data = [[step, r["prompt"], r["reply"], r["score"], r["kl"]] for r in rows]
+        columns = ["step", *rows[0]]
+        data = [[step, *map(_cell, row.values())] for row in rows]
         self._try(lambda: self._run.log({"samples": self._wandb.Table(columns=columns, data=data)}, step=step))
 
     def close(self) -> None:

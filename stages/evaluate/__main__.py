@@ -20,6 +20,9 @@ from pipeline.stage import Context, main
 from stages.evaluate import forgetting, policy, reward_model
 from stages.evaluate.results import Results
 
+TRACKED = 32
+"""Replies side by side that W&B and TensorBoard are given."""
+
 
 def evaluate(context: Context) -> None:
     """Test what the run made."""
@@ -45,6 +48,7 @@ def evaluate(context: Context) -> None:
 
     with context.tracker(1, 0) as tracker:
         tracker.log(1, results.metrics)
+        tracker.samples(1, results.tables.get(policy.SAMPLES, [])[:TRACKED])
     base = begin.base_record(block.base.model_copy(update={"model": context.base}))
     others = {key: counts for key, counts in results.counts.items() if key}
     context.publish(

@@ -26,6 +26,7 @@ from stages.evaluate import kept, subject
 from stages.evaluate.comparison import Record, by_source, compared, side_by_side, summary, verdicts
 from stages.evaluate.results import Results
 
+SAMPLES = "samples.jsonl"
 TESTED, AGAINST = "tested", "against"
 """The two policies' roles. PEFT looks for an adapter's name in the names of parameters, most of which say `model`."""
 
@@ -74,7 +75,7 @@ def compare(context: Context, block: Evaluate, device: torch.device) -> Results:
     read = {"": counts}
     if block.chat_judge and block.chat_judge.prompt:
         read["chat_judge"] = {block.chat_judge.prompt: Counter()}
-    return Results(metrics, {"samples.jsonl": table}, read)
+    return Results(metrics, {SAMPLES: table}, read)
 
 
 class Speakers:

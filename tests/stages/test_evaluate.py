@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from stages.evaluate.kept import SCORES
 from tests.stages.test_merge import SFT
@@ -41,7 +45,12 @@ def run(ranks: Get, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) 
         "model": {"model": str(folder / "run" / "sft" / "output")},
         "against": {"model": str(tiny_llama)},
     }
-    stages = {"sft": SFT, "compare": COMPARE, "outside": {**COMPARE, **by_folder}}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
+    model.save_pretrained(folder / "scorer")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder / "scorer")
+    scorer = {"model": str(folder / "scorer"), "dtype": "fp32"}
+    stages = {"sft": SFT, "compare": COMPARE, "outside": {**COMPARE, **by_folder, "reward": [scorer]}}
     recipe(folder, tiny_llama, stages)
     for stage in stages:
         evaluate(ranks, folder / "run", stage)
@@ -76,9 +85,40 @@ def published(run: Path, stage: str = "compare") -> dict[str, bytes]:
 
 
 def test_a_model_from_outside_is_the_stage_that_made_it(run: Path) -> None:
-    assert published(run, "outside") == published(run)
+    ours, theirs = json.loads(published(run, "outside")["results.json"]), json.loads(published(run)["results.json"])
+    assert {name: value for name, value in ours.items() if not name.startswith("score/")} == theirs
     manifest = json.loads((run / "outside" / "output" / "manifest.json").read_text())
-    assert set(manifest["inputs"]["outside"]) == {"model", "against"}
+    assert set(manifest["inputs"]["outside"]) == {"model", "against", "reward.0"}
+
+
+def test_another_reward_model_judges(run: Path) -> None:
+    """As a plain forward of the classifier, which reads prompt, reply and EOS."""
+    folder = run.parent / "scorer"
+    model, tok = (
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    rows, found = replies(run, "outside"), json.loads(published(run, "outside")["results.json"])
+    for key, scores in (("after", "scores_after"), ("before", "scores_before")):
+        for row in rows[:5]:
+            ids = [
+                *tok(row["prompt"])["input_ids"],
+                *tok(row[key], add_special_tokens=False)["input_ids"],
+                tok.eos_token_id,
+            ]
+            with torch.no_grad():
+                assert row[scores]["scorer"] == pytest.approx(float(model(torch.tensor([ids])).logits), abs=1e-5)
+    won = [row["scores_after"]["scorer"] > row["scores_before"]["scorer"] for row in rows]
+    assert found["score/scorer/win_rate"] == pytest.approx(sum(won) / len(won))
+
+
+def test_the_terminal_and_the_tracker_show_it(run: Path) -> None:
+    status = [sys.executable, "-m", "pipeline.cli", "status", str(run.parent / "domain.yaml"), "--run-dir", str(run)]
+    said = subprocess.run(status, capture_output=True, text=True, check=True, cwd=tiny.ROOT).stdout
+    assert "win rate at equal length" in said
+    assert "distinct_2, before -> after" in said
+    tracked = [json.loads(line) for line in (run / "compare" / "samples.jsonl").read_text().splitlines()]
+    assert [row["after"] for row in tracked] == [row["after"] for row in replies(run)]
 
 
 def test_the_same_numbers_on_one_rank(ranks: Get, run: Path, tmp_path: Path) -> None:
