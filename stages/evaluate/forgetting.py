@@ -12,6 +12,7 @@ from pipeline.errors import Trouble
 from pipeline.model import begin
 from pipeline.model.assemble import assemble
 from pipeline.stage import Context
+from stages.by_source import perplexity
 from stages.evaluate import subject
 from stages.evaluate.measure import Measure, change
 from stages.evaluate.reader import Reader
@@ -100,6 +101,8 @@ def changes(found: dict[str, list[Measure]], seed: int) -> list[Row]:
 def metrics(found: dict[str, list[Measure]], table: list[Row]) -> dict[str, float]:
     """`<measure>/<policy>` for all of them, and `<measure>/<policy>/change` since the first with its interval's ends."""
     values = {f"{m.name}/{policy}": m.value for policy, measures in found.items() for m in measures}
+    losses = {name: value for name, value in values.items() if name.startswith("perplexity/loss/")}
+    values |= {name.replace("loss", "perplexity", 1): perplexity(value) for name, value in losses.items()}
     first = next(iter(found))
     for row in table:
         if row["since"] == first:

@@ -146,6 +146,18 @@ def test_tensorboard_reads_the_rows_back(tmp_path: Path) -> None:
     assert curve(tmp_path, "objective/kl") == [(1, 0.5), (2, 0.25)]
 
 
+def test_tensorboard_shows_replies_side_by_side(tmp_path: Path) -> None:
+    row = {"prompt": "p", "before": "b", "after": "a", "scores_after": {"reward": 0.5}}
+    with tracker(tmp_path, tensorboard=True) as stream:
+        stream.samples(1, [row])
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    (event,) = accumulator.Tensors("samples/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == (
+        '**prompt** p  \n**before** b  \n**after** a  \n**scores_after** {"reward": 0.5}'
+    )
+
+
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path) -> None:
     log(tmp_path, 1, 5, tensorboard=True)
     log(tmp_path, 4, 6, resume=3, tensorboard=True)

@@ -115,7 +115,9 @@ def test_perplexity(run: Path) -> None:
     model, tok = AutoModelForCausalLM.from_pretrained(BASE).eval(), AutoTokenizer.from_pretrained(BASE)
     pieces = [ids[at : at + 16] for ids in documents(tok) for at in range(0, len(ids) - 1, 15)][:12]
     losses = [-plain(model, piece) for piece in pieces]
-    assert results(run)["perplexity/loss/base"] == pytest.approx(np.concatenate(losses).mean(), abs=1e-5)
+    loss = np.concatenate(losses).mean()
+    assert results(run)["perplexity/loss/base"] == pytest.approx(loss, abs=1e-5)
+    assert results(run)["perplexity/perplexity/base"] == pytest.approx(np.exp(loss), rel=1e-5)
 
 
 def test_continuation(run: Path) -> None:
