@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-from sections import rest
+from pages import measured_on, others
 
 from stages.ppo.advantage import ESTIMATORS
 
 RULE = "pipeline.recipes.quickstart.corpus:judge"
 EVERY = 10
-PREFERENCES = "## Direct preference optimisation beside PPO"
-"""The section of the page that scripts/preference.py writes."""
 
 
 def main() -> None:
@@ -36,8 +31,8 @@ def main() -> None:
         for seed in arguments.seeds
         for name in arguments.estimators
     }
-    others = rest(arguments.out, PREFERENCES)
-    arguments.out.write_text(page(arguments.estimators, arguments.seeds, curves) + others, encoding="utf-8")
+    text = page(arguments.estimators, arguments.seeds, curves) + others(arguments.out, ESTIMATORS)
+    arguments.out.write_text(text, encoding="utf-8")
     print(arguments.out.read_text(encoding="utf-8"))
 
 
@@ -71,12 +66,11 @@ def train(name: str, seed: int, folder: Path) -> list[dict[str, float]]:
 
 
 def page(names: list[str], seeds: list[int], curves: dict[tuple[str, int], list[dict[str, float]]]) -> str:
-    versions = ", ".join(f"{lib} {version(lib)}" for lib in ("torch", "transformers", "peft", "deepspeed"))
     lines = [
         "# Advantage estimators on the embedded default",
         "",
-        f"`python scripts/algorithms.py --out docs/results/algorithms.md`, on {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), Python {platform.python_version()}, {versions}.",
+        "`python scripts/algorithms.py --out docs/results/algorithms.md`, "
+        f"{measured_on('torch', 'transformers', 'peft', 'deepspeed')}.",
         "",
         "The quickstart's PPO stage with another `advantage_estimator` and nothing else changed (64 responses per step;",
         "four to a prompt for those that compare them). Each cell is KL to the reference in nats per response / mean score of",

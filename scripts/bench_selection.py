@@ -9,11 +9,9 @@ import argparse
 import json
 import math
 import os
-import platform
 import time
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -21,6 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 import yaml
+from pages import measured_on
 
 from pipeline import handoff
 from pipeline.config.kinds import KINDS
@@ -198,13 +197,12 @@ def program(kind: str) -> Any:
 
 def page(run: Path, seeds: list[int], made: dict[int, Made], seconds: float) -> str:
     """What is in the sets, what the trainings on them reach, and how far they are apart prompt by prompt."""
-    versions = ", ".join(f"{lib} {version(lib)}" for lib in ("torch", "transformers", "peft", "deepspeed"))
     rows = len(made[seeds[0]].kinds)
     lines = [
         "# Selection on a noisy set",
         "",
-        f"`python scripts/bench_selection.py --out docs/results/selection.md`, on {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), Python {platform.python_version()}, {versions}; {seconds / 60:.1f} minutes in all.",
+        "`python scripts/bench_selection.py --out docs/results/selection.md`, "
+        f"{measured_on('torch', 'transformers', 'peft', 'deepspeed')}; {seconds / 60:.1f} minutes in all.",
         "",
         f"The quickstart's {rows} training demonstrations, each spoilt with probability {NOISY:g}: another prompt's reply, a",
         "wrong place, the first third of the reply, words in no order, or a copy of one of "

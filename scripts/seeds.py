@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from pages import measured_on
 
 from pipeline import handoff
 from pipeline.config.recipe import load
@@ -74,12 +73,10 @@ def largest(folder: Path, stage: str, metric: str) -> float:
 def page(recipe: str, name: str, note: str, overrides: list[str], columns: dict[int, dict[str, float]]) -> str:
     sets = "".join(f" --set {override}" for override in overrides)
     seeds = list(columns)
-    versions = ", ".join(f"{lib} {version(lib)}" for lib in ("torch", "transformers", "trl", "peft", "deepspeed"))
     lines = [
         f"# {name}",
         "",
-        f"`relay run {recipe}{sets} --set seed=N`, on {os.cpu_count()} CPU cores ({platform.machine()}), "
-        f"Python {platform.python_version()}, {versions}.",
+        f"`relay run {recipe}{sets} --set seed=N`, {measured_on('torch', 'transformers', 'trl', 'peft', 'deepspeed')}.",
         "",
         "| metric | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
         "|---|" + "---|" * len(seeds),
