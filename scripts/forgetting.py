@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from pipeline.config.recipe import find, parse  # noqa: E402
 from pipeline.recipes.quickstart import corpus  # noqa: E402
 from scripts.bench_plot import scatter  # noqa: E402
+from scripts.pages import measured_on  # noqa: E402
 
 STORIES = "$RELAY_TEST_DATA/tinystories/tinystories_1000.json"
 MODELS: dict[str, dict[str, Any]] = {
@@ -116,12 +114,11 @@ def plot(found: dict[tuple[str, int], dict[Point, dict[str, Any]]]) -> str:
 
 
 def page(seeds: list[int], found: dict[tuple[str, int], dict[Point, dict[str, Any]]], stem: str) -> str:
-    versions = ", ".join(f"{lib} {version(lib)}" for lib in ("torch", "transformers", "trl", "peft", "deepspeed"))
     lines = [
         "# What PPO forgets",
         "",
-        f"`python scripts/forgetting.py --out docs/results/forgetting.md`, on {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), Python {platform.python_version()}, {versions}.",
+        "`python scripts/forgetting.py --out docs/results/forgetting.md`, "
+        f"{measured_on('torch', 'transformers', 'trl', 'peft', 'deepspeed')}.",
         "",
         "PPO from one SFT policy, for as many steps as said, with the recipe's KL penalty and without one. KL and the reward",
         "model's score are on held-out prompts. What the base could do and no stage trains: loss on general text in nats per",
