@@ -62,7 +62,8 @@ def _judged(metrics: dict[str, float]) -> list[tuple[str, str]]:
             error = f"; calibration error {metrics[f'{stem}/ece']:.3f}" if f"{stem}/ece" in metrics else ""
             rows.append((f"{stem.removeprefix('reward_model/')}, pairwise accuracy (95 % interval)", shown + error))
         elif last == "agreement" and name.startswith("reward_model/"):
-            shown = f"{metrics[name]:.3f}, kappa {metrics[f'{stem}/kappa']:.3f}"
+            kappa = f", kappa {metrics[f'{stem}/kappa']:.3f}" if f"{stem}/kappa" in metrics else ""
+            shown = f"{metrics[name]:.3f}{kappa}"
             rows.append((f"{stem.removeprefix('reward_model/')}, members agree on", shown))
     return rows
 

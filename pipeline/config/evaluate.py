@@ -204,6 +204,10 @@ class ChatJudge(Endpoint):
     together: Positive = 8
 
 
+ENSEMBLE = "ensemble"
+"""What metrics call several reward models together."""
+
+
 class RewardTest(Block):
     """How well the reward models `of` tell the better reply of a pair, several also together, as an ensemble: on the held-out
     pairs of `data`, and on all pairs of `ood`, which no stage of the recipe learns from. At most `rows` pairs of each; a pair
@@ -220,6 +224,8 @@ class RewardTest(Block):
         names = [scorer.name for scorer in self.of]
         if len(set(names)) < len(names):
             raise misplaced("of", f"two reward models called {max(names, key=names.count)}", [])
+        if len(names) > 1 and ENSEMBLE in names:
+            raise misplaced("of", f"a reward model called {ENSEMBLE}, as metrics call all of them together", [])
         return self
 
 

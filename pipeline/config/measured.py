@@ -1,4 +1,4 @@
-"""Data that a stage only measures itself on: no stage of the recipe may learn from it."""
+"""Data that a stage only measures itself on: no stage of the recipe may learn from it, and there must be some."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ def check_measured(recipe: Recipe, stage: str) -> None:
                             expected="a text that no stage of the recipe learns from",
                             fix="name another file, or another split",
                         )
+
+
+def check_held_out(recipe: Recipe, stage: str) -> None:
+    """Raise UserError where an evaluate stage tests on held-out rows and none are held out."""
+    block = recipe.stages[stage]
+    if not isinstance(block, Evaluate) or block.holdout > 0:
+        return
+    for key in KINDS[block.kind].sources:
+        if key not in KINDS[block.kind].measured and listed(block, key)[0]:
+            raise UserError(
+                recipe.where("stages", stage, key),
+                "nothing is held out to test on: data.holdout is 0",
+                fix="set `data: {holdout: 0.02}`",
+            )
 
 
 def _place(source: Source) -> tuple[str, str | None, str, str | None]:

@@ -22,7 +22,7 @@ from pipeline.config.distill import Distill, check_distill
 from pipeline.config.export import Export
 from pipeline.config.fitting import check_attention, check_export, check_method
 from pipeline.config.kinds import DATA, KINDS
-from pipeline.config.measured import check_measured
+from pipeline.config.measured import check_held_out, check_measured
 from pipeline.config.merge import Merge, Part, check_merge
 from pipeline.config.methods import METHODS
 from pipeline.config.mixture import check_mixture
@@ -399,6 +399,7 @@ def _check(recipe: Recipe) -> None:
         check_mixture(recipe, stage)
         check_tokens(recipe, stage)
         check_measured(recipe, stage)
+        check_held_out(recipe, stage)
         if isinstance(block, Ppo):
             check_ppo(recipe, stage, block)
         if isinstance(block, Distill):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 from sklearn.metrics import cohen_kappa_score
 
 from stages.evaluate.measure import Floats, draws, interval
@@ -22,15 +22,25 @@ def preferred(margins: Floats) -> Floats:
     return np.asarray(np.where(margins > 0, 1.0, np.where(margins == 0, 0.5, 0.0)))
 
 
+def share(right: Floats) -> dict[str, float]:
+    """Pairwise accuracy, the mean of `right`, with its 95 % interval: Wilson's (1927), which says something where all pairs are
+    right, or few (Brown, Cai and DasGupta 2001)."""
+    mean, square = float(right.mean()), float(norm.ppf(0.975)) ** 2 / len(right)
+    middle, half = mean + square / 2, math.sqrt(square * (mean * (1 - mean) + square / 4))
+    return {
+        "accuracy": mean,
+        "accuracy_low": (middle - half) / (1 + square),
+        "accuracy_high": (middle + half) / (1 + square),
+    }
+
+
 def accuracy(margins: Floats, lengths: Floats, seed: int) -> dict[str, float]:
-    """Pairwise accuracy, that of preferring the longer reply, and their difference, with 95 % percentile bootstrap intervals
+    """Pairwise accuracy, that of preferring the longer reply, and their difference with its 95 % percentile bootstrap interval
     over pairs. `margins` are scores of chosen minus rejected, `lengths` tokens of chosen minus rejected."""
     right, longer = preferred(margins), preferred(lengths)
-    drawn = draws(len(right), seed) / len(right)
-    found = {"accuracy": right.mean(), "longer": longer.mean(), "over_longer": (right - longer).mean()}
-    for name, values in (("accuracy", right), ("over_longer", right - longer)):
-        found[f"{name}_low"], found[f"{name}_high"] = interval(drawn @ values)
-    return {name: float(value) for name, value in found.items()}
+    low, high = interval(draws(len(right), seed) @ (right - longer) / len(right))
+    over = {"over_longer": float((right - longer).mean()), "over_longer_low": low, "over_longer_high": high}
+    return share(right) | {"longer": float(longer.mean())} | over
 
 
 def by_length(margins: Floats, lengths: Floats) -> list[dict[str, float]]:
@@ -43,7 +53,7 @@ def by_length(margins: Floats, lengths: Floats) -> list[dict[str, float]]:
             "low": float(lengths[inside].min()),
             "high": float(lengths[inside].max()),
             "pairs": float(inside.sum()),
-            "accuracy": float(preferred(margins[inside]).mean()),
+            **share(preferred(margins[inside])),
             "longer": float(preferred(lengths[inside]).mean()),
         }
         for number in np.unique(bucket)
@@ -53,7 +63,11 @@ def by_length(margins: Floats, lengths: Floats) -> list[dict[str, float]]:
 
 def reliability(margins: Floats) -> list[dict[str, float]]:
     """How often the preferred reply is the chosen one, by how sure the model is: 1 / (1 + exp(-|margin|)), the probability that
-    it gives its own preference, in ten bins of 0.5 to 1 (reliability curve: Guo et al. 2017, arXiv 1706.04599)."""
+    it gives its own preference, in ten bins of 0.5 to 1 (reliability curve: Guo et al. 2017, arXiv 1706.04599).
+
+    A pair has no first reply. With each pair in both orders the curve of P(first is better) goes from 0 to 1, is the same
+    turned about its middle, and has the same error; this is its upper half.
+    """
     sure = 1.0 / (1.0 + np.exp(-np.abs(margins)))
     number = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
     return [
@@ -83,17 +97,30 @@ def distribution(scores: Floats) -> dict[str, float]:
 
 
 def agreement(scores: Floats) -> dict[str, float]:
-    """Of `scores` [members, N, 2], the means over pairs of members: share of pairs on which they prefer the same reply, Cohen's
-    kappa of their preferences (1960), and Spearman's correlation of their scores."""
-    prefer = preferred(scores[..., 0] - scores[..., 1])
-    both: list[tuple[int, int]] = list(combinations(range(len(scores)), 2))
-    found: dict[str, Any] = {
-        "agreement": [np.mean(prefer[a] == prefer[b]) for a, b in both],
-        "kappa": [cohen_kappa_score(*_labels(prefer[a], prefer[b])) for a, b in both],
-        "spearman": [spearmanr(scores[a].ravel(), scores[b].ravel()).statistic for a, b in both],
+    """What members are to each other, from `scores` [members, N, 2] of chosen and rejected: the means over pairs of members of
+    `agreement`, the share of pairs on which they prefer the same reply, of `kappa`, Cohen's (1960) of which pairs each gets
+    right, so beyond what their accuracies explain (error consistency: Geirhos et al. 2020, arXiv 2006.16736), and of
+    `spearman`, the correlation of their scores; `margin_std`, the mean over pairs of the standard deviation of their margins.
+
+    What is not defined, as kappa is not where all are always right, is left out.
+    """
+    margins = scores[..., 0] - scores[..., 1]
+    right = preferred(margins)
+    both = list(combinations(range(len(scores)), 2))
+    found = {
+        "agreement": [np.mean(right[a] == right[b]) for a, b in both],
+        "kappa": [_kappa(right[a], right[b]) for a, b in both],
+        "spearman": [_spearman(scores[a].ravel(), scores[b].ravel()) for a, b in both],
+        "margin_std": margins.std(0, ddof=1),
     }
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    means = {name: float(np.mean(values)) for name, values in found.items()}
+    return {name: value for name, value in means.items() if math.isfinite(value)}
 
 
-def _labels(first: Floats, second: Floats) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    return (2 * first).astype(int), (2 * second).astype(int)
+def _kappa(first: Floats, second: Floats) -> float:
+    labels: npt.NDArray[np.int64] = (2 * np.stack([first, second])).astype(np.int64)
+    return math.nan if (labels == labels[0, 0]).all() else float(cohen_kappa_score(*labels))
+
+
+def _spearman(first: Floats, second: Floats) -> float:
+    return math.nan if np.ptp(first) == 0 or np.ptp(second) == 0 else float(spearmanr(first, second).statistic)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.config.evaluate import Evaluate, RewardTest
+from pipeline.config.evaluate import ENSEMBLE, Evaluate, RewardTest
 from pipeline.config.recipe import digest
 from pipeline.config.selection import Scorer
 from pipeline.data import encoded
-from pipeline.errors import UserError
+from pipeline.errors import Trouble, UserError
 from pipeline.model import begin
 from pipeline.model.assemble import assemble, scoring
 from pipeline.scoring.classifier import from_outside
@@ -22,7 +23,11 @@ from stages.evaluate import kept, pairs, subject
 from stages.evaluate.measure import Floats
 from stages.evaluate.results import Results
 
-ENSEMBLE = "ensemble"
+HELD_OUT, OOD = "held out", "ood"
+"""What tables call the two kinds of pairs."""
+
+BEFORE = {HELD_OUT: "", OOD: "ood/"}
+"""What stands before the names of their metrics."""
 
 
 @dataclass(frozen=True)
@@ -40,39 +45,43 @@ def test(context: Context, block: Evaluate, asked: RewardTest, device: torch.dev
     Raises UserError where there is no pair."""
     batons = [context.batons[scorer.stage] for scorer in asked.of if scorer.stage is not None]
     tok = begin.tokenizer(context, batons[0] if batons else None)
-    sets, counts = {}, {}
-    for name, key in (("", "reward_model.data"), ("ood/", "reward_model.ood")):
-        if key.endswith("data") or asked.ood:
-            data = encoded.compared(context, tok, asked.max_length, key)
-            sets[name], counts[key] = chosen_pairs(context, data, asked.rows, key), data.counts
+    keys = {HELD_OUT: "reward_model.data"} | ({OOD: "reward_model.ood"} if asked.ood else {})
+    data = {kind: encoded.compared(context, tok, asked.max_length, key) for kind, key in keys.items()}
+    sets = {kind: chosen_pairs(context, data[kind], asked.rows, key) for kind, key in keys.items()}
 
     models = Models(context, block, asked, tok, device)
     metrics: dict[str, float] = {}
     tables: dict[str, list[dict[str, Any]]] = {"reliability.jsonl": [], "buckets.jsonl": [], "pairs.jsonl": []}
-    for name, found in sets.items():
+    for kind, found in sets.items():
         scores = np.array([models.scores(scorer, found) for scorer in asked.of])
         members = {scorer.name: scores[number] for number, scorer in enumerate(asked.of)}
         if len(members) > 1:
             members[ENSEMBLE] = scores.mean(0)
-            metrics |= {f"reward_model/{ENSEMBLE}/{name}{key}": v for key, v in pairs.agreement(scores).items()}
+            metrics |= named(ENSEMBLE, kind, pairs.agreement(scores))
         for member, given in members.items():
-            place = {"model": member, "set": name.rstrip("/") or "held out"}
             numbers, curve, buckets = told(given, found, block.seed)
-            metrics |= {f"reward_model/{member}/{name}{key}": value for key, value in numbers.items()}
+            metrics |= named(member, kind, numbers)
+            place = {"model": member, "set": kind}
             tables["reliability.jsonl"] += [place | point for point in curve]
             tables["buckets.jsonl"] += [place | bucket for bucket in buckets]
+            if kind == OOD:
+                lost = metrics[f"reward_model/{member}/accuracy"] - numbers["accuracy"]
+                metrics |= named(member, kind, {"drop": lost})
         tables["pairs.jsonl"] += [
             {
-                "set": name.rstrip("/") or "held out",
+                "set": kind,
                 "source": found.origins[row],
                 "longer": found.lengths[row],
                 "scores": {member: given[row].tolist() for member, given in members.items()},
             }
             for row in range(len(found.rows))
         ]
-    for member in [name.rpartition("/ood/accuracy")[0] for name in metrics if name.endswith("/ood/accuracy")]:
-        metrics[f"{member}/ood/drop"] = metrics[f"{member}/accuracy"] - metrics[f"{member}/ood/accuracy"]
-    return Results(metrics, tables, counts)
+    return Results(metrics, tables, {keys[kind]: rows.counts for kind, rows in data.items()})
+
+
+def named(member: str, kind: str, numbers: dict[str, float]) -> dict[str, float]:
+    """The numbers of a model on a kind of pairs, as metrics call them."""
+    return {f"reward_model/{member}/{BEFORE[kind]}{name}": value for name, value in numbers.items()}
 
 
 def chosen_pairs(context: Context, data: encoded.Encoded, most: int, key: str) -> Pairs:
@@ -97,12 +106,19 @@ def told(scores: Floats, found: Pairs, seed: int) -> tuple[dict[str, float], lis
     for source in sorted(set(found.origins)) if len(set(found.origins)) > 1 else ():
         inside = np.array([origin == source for origin in found.origins])
         part = {"pairs": float(inside.sum()), **pairs.accuracy(margins[inside], found.lengths[inside], seed)}
-        numbers |= {f"{source}/{name}": value for name, value in part.items()}
+        numbers |= {f"source/{source}/{name}": value for name, value in part.items()}
     curve = pairs.reliability(margins)
     numbers["ece"] = pairs.calibration_error(curve)
     for name, values in (("chosen", scores[:, 0]), ("rejected", scores[:, 1]), ("margin", margins)):
         numbers |= {f"{name}/{key}": value for key, value in pairs.distribution(values).items()}
     return numbers, curve, pairs.by_length(margins, found.lengths)
+
+
+def check_finite(name: str, scores: list[list[float]]) -> None:
+    """Raise Trouble where the reward model `name` has a score that compares with nothing."""
+    for number, (chosen, rejected) in enumerate(scores, 1):
+        if not math.isfinite(chosen - rejected):
+            raise Trouble(f"{name} scores pair {number} of {len(scores)} {chosen:g} and {rejected:g}: not finite")
 
 
 class Models:
@@ -126,7 +142,7 @@ class Models:
         }
 
     def scores(self, scorer: Scorer, found: Pairs) -> list[list[float]]:
-        """[score of chosen, of rejected] for each pair. Collective."""
+        """[score of chosen, of rejected] for each pair. Collective. Raises Trouble for a score that is not finite."""
         read = self._said if scorer.model is not None else self._ids
         key = {"of": subject.judge_identity(self.context, scorer), "pairs": digest(found.rows)}
         lengths = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in found.rows]
@@ -136,7 +152,9 @@ class Models:
             both = [read(scorer.name, rows, side) for side in ("chosen", "rejected")]
             return [list(pair) for pair in zip(*both, strict=True)]
 
-        return kept.measure(self.context, key, lengths, self.size, some)
+        scores = kept.measure(self.context, key, lengths, self.size, some)
+        check_finite(scorer.name, scores)
+        return scores
 
     def _ids(self, name: str, rows: list[dict[str, Any]], side: str) -> list[float]:
         texts = [row[f"{side}_ids"] for row in rows]

@@ -13,15 +13,19 @@ from pipeline.errors import UserError
 
 TEXT = [{"path": "general.jsonl"}]
 COMPARISON = {"model": "sft", "against": "base", "prompts": [{"path": "prompts.jsonl"}]}
+PAIRS = [{"path": "pairs.jsonl"}]
+REWARD = {"of": ["reward", {"model": "org/judge"}], "data": PAIRS, "ood": [{"path": "others.jsonl"}]}
 FORGETTING = {"of": ["base", "sft"], "perplexity": {"data": TEXT}}
 
 
-def written(folder: Path, stage: dict[str, Any]) -> Path:
+def written(folder: Path, stage: dict[str, Any], **changes: Any) -> Path:
     recipe = {
+        **changes,
         "name": "r",
         "base": {"model": "some/base"},
         "stages": {
             "sft": {"kind": "sft", "data": [{"path": "rows.jsonl"}], "lr": 1e-4},
+            "reward": {"kind": "reward", "data": PAIRS, "lr": 1e-4},
             "test": {"kind": "evaluate", **stage},
         },
     }
@@ -29,9 +33,18 @@ def written(folder: Path, stage: dict[str, Any]) -> Path:
     return folder / "r.yaml"
 
 
-@pytest.mark.parametrize("stage", [COMPARISON, {"forgetting": FORGETTING}, {**COMPARISON, "forgetting": FORGETTING}])
-def test_parts_alone_and_together(stage: dict[str, Any], tmp_path: Path) -> None:
-    assert load(written(tmp_path, stage)).parents("test") == ["sft"]
+PARTS = {"comparison": COMPARISON, "reward model": {"reward_model": REWARD}, "forgetting": {"forgetting": FORGETTING}}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_alone(part: str, tmp_path: Path) -> None:
+    parents = ["reward"] if part == "reward model" else ["sft"]
+    assert load(written(tmp_path, PARTS[part])).parents("test") == parents
+
+
+def test_all_parts_together(tmp_path: Path) -> None:
+    stage = {key: value for part in PARTS.values() for key, value in part.items()}
+    assert load(written(tmp_path, stage)).parents("test") == ["sft", "reward"]
 
 
 def test_models_that_no_stage_made(tmp_path: Path) -> None:
@@ -69,6 +82,28 @@ CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "stages.test.forgetting.max_loss",
         ["no measure gsm8k/exact_match", "perplexity/loss"],
     ),
+    "no reward model": ({"reward_model": {**REWARD, "of": []}}, "stages.test.reward_model.of", ["at least 1 item"]),
+    "no pairs": ({"reward_model": {**REWARD, "data": []}}, "stages.test.reward_model.data", ["at least 1 item"]),
+    "a policy as a reward model": (
+        {"reward_model": {**REWARD, "of": ["sft"]}},
+        "stages.test.reward_model.of",
+        ['stage "sft" is of kind sft', "one of: reward"],
+    ),
+    "a reward model twice": (
+        {"reward_model": {**REWARD, "of": ["reward", {"model": "org/reward"}]}},
+        "stages.test.reward_model.of",
+        ["called reward"],
+    ),
+    "a member called as all of them": (
+        {"reward_model": {**REWARD, "of": ["reward", {"model": "org/ensemble"}]}},
+        "stages.test.reward_model.of",
+        ["called ensemble"],
+    ),
+    "other pairs that a stage learns from": (
+        {"reward_model": {**REWARD, "ood": PAIRS}},
+        "stages.test.reward_model.ood",
+        ["pairs.jsonl, which stage reward reads under `data`"],
+    ),
     "more of the samples than there are": (
         {"forgetting": {"of": ["sft"], "code": {"path": "p.jsonl", "k": [1, 10]}}},
         "stages.test.forgetting.code",
@@ -100,3 +135,9 @@ def test_message_names_the_key(case: tuple[dict[str, Any], str, list[str]], tmp_
     message = str(raised.value)
     assert message.startswith(f"recipe r.yaml: {place}:")
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("part", "key"), [("comparison", "prompts"), ("reward model", "reward_model.data")])
+def test_nothing_held_out(part: str, key: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"stages.test.{key}: nothing is held out.*data.holdout is 0"):
+        load(written(tmp_path, PARTS[part], data={"holdout": 0.0}))

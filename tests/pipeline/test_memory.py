@@ -190,6 +190,22 @@ def test_evaluate_holds_every_model_it_compares_whole(tmp_path: Path) -> None:
     assert need(tmp_path, "evaluate", OPT, adapter={"method": "full"}).parameters == 3 * OPT_ALL
 
 
+def test_evaluate_reads_pairs_with_the_reward_models_it_tests(tmp_path: Path) -> None:
+    """No policy is held: one base for two adapters, and a model from outside. Activations grow with the longest text."""
+    alone: dict[str, Any] = {"model": None, "against": None, "reward": [], "prompts": []}
+
+    def reading(length: int) -> Need:
+        of = ["reward", {"model": OPT}]
+        asked = {"of": of, "data": [{"path": "d"}], "max_length": length}
+        return need(tmp_path, "evaluate", QWEN, evaluate={**alone, "reward_model": asked})
+
+    short, long = reading(300), reading(600)
+    assert list(short.phases) == ["reading"]
+    assert (short.parameters, short.trained) == (QWEN_ALL + OPT_ALL, 0)
+    assert short.phases["reading"].adapters == 2 * (QWEN_LORA + 896 + 512)
+    assert long.phases["reading"].activations == pytest.approx(short.phases["reading"].activations * 601 / 301)
+
+
 @pytest.mark.parametrize(
     ("config", "weights", "gradients", "optimizer"),
     [

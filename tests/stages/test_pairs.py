@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 from sklearn.calibration import calibration_curve
 
 from stages.evaluate import pairs
@@ -34,6 +34,16 @@ def test_intervals_are_those_of_a_proportion() -> None:
     assert (found["over_longer_low"], found["over_longer_high"]) == pytest.approx(
         (0.25 - error, 0.25 + error), abs=0.005
     )
+
+
+@pytest.mark.parametrize(("right", "of"), [(300, 400), (1, 7), (0, 5), (12, 12)])
+def test_the_interval_of_a_share_is_scipy_s(right: int, of: int) -> None:
+    """Wilson's: one that is right in all of 12 pairs is not known to be right always."""
+    margins = np.where(np.arange(of) < right, 1.0, -1.0)
+    found, expected = pairs.accuracy(margins, margins, 0), binomtest(right, of).proportion_ci(method="wilson")
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((expected.low, expected.high))
+    bucket = pairs.by_length(margins, np.zeros(of))[0]
+    assert (bucket["accuracy_low"], bucket["accuracy_high"]) == (found["accuracy_low"], found["accuracy_high"])
 
 
 def test_buckets_by_length() -> None:
@@ -70,6 +80,16 @@ def test_the_curve_is_scikit_learn_s() -> None:
     assert sum(point["pairs"] for point in found) == 500
 
 
+def test_the_error_is_that_of_both_orders() -> None:
+    """Each pair in both orders: the first is the better one with probability sigmoid(margin), and is it once of two times."""
+    margins = np.random.default_rng(2).normal(0.5, 1.5, 500)
+    sure = 1 / (1 + np.exp(-np.concatenate([margins, -margins])))
+    first = np.repeat([1.0, 0.0], len(margins))
+    bins = np.minimum((20 * sure).astype(int), 19)
+    apart = [abs(sure[bins == n].mean() - first[bins == n].mean()) * (bins == n).mean() for n in np.unique(bins)]
+    assert pairs.calibration_error(pairs.reliability(margins)) == pytest.approx(sum(apart))
+
+
 def test_calibration_error_by_hand() -> None:
     """Confidence 0.97 and right in 3 of 4; 0.57 and right in 1 of 2: (4 (0.97 - 0.75) + 2 (0.57 - 0.5)) / 6."""
     sure, unsure = np.log(0.97 / 0.03), np.log(0.57 / 0.43)
@@ -94,10 +114,26 @@ def test_agreement_by_hand() -> None:
     assert found["agreement"] == 0.75
     assert found["kappa"] == pytest.approx(0.5)
     assert pairs.agreement(np.stack([first, first, first])) == pytest.approx(
-        {"agreement": 1, "kappa": 1, "spearman": 1}
+        {"agreement": 1, "kappa": 1, "spearman": 1, "margin_std": 0}
     )
     reverse = pairs.agreement(np.stack([first, -first]))
     assert (reverse["agreement"], reverse["spearman"]) == (0.0, pytest.approx(-1.0))
+
+
+def test_how_far_margins_lie_apart() -> None:
+    """Margins 1 and 3, 2 and 2; what a member adds to all its scores is not seen."""
+    first, second = np.array([[1.0, 0.0], [2.0, 0.0]]), np.array([[13.0, 10.0], [12.0, 10.0]])
+    assert pairs.agreement(np.stack([first, second]))["margin_std"] == pytest.approx((np.sqrt(2) + 0) / 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_cannot_be_told_of_members_is_left_out() -> None:
+    """Where all are always right there is nothing that chance does not explain; one score for all has no order."""
+    right = np.array([[1.0, 0.0], [2.0, 0.0]])
+    assert pairs.agreement(np.stack([right, right])).keys() == {"agreement", "spearman", "margin_std"}
+    assert pairs.agreement(np.stack([right, np.zeros((2, 2))])) == pytest.approx(
+        {"agreement": 0, "kappa": 0, "margin_std": (1 + 2) / 2 / np.sqrt(2)}
+    )
 
 
 def test_distribution() -> None:
