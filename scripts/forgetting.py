@@ -33,9 +33,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "steps": (10, 20, 40),
         "perplexity": {"data": [{"path": STORIES}], "rows": 256},
         "continuation": {"data": [{"path": STORIES}], "rows": 256},
+        "others": {
+            "translation": {"path": "$RELAY_TEST_DATA/tatoeba-en-zh/cmn.txt", "rows": 100},
+            "code": {"path": "$RELAY_TEST_DATA/human-eval/HumanEval.jsonl.gz", "rows": 40, "max_response_length": 128},
+            "truthfulqa": {"path": "$RELAY_TEST_DATA/truthfulqa/TruthfulQA.csv", "rows": 100},
+            "gsm8k": {"path": "$RELAY_TEST_DATA/gsm8k/test.jsonl.gz", "rows": 100, "max_response_length": 128},
+        },
     },
 }
-"""By name: the recipe whose PPO stage is run, how long, and what the model could do before. `{general}` are texts of the kind
+"""By name: the recipe whose PPO stage is run, how long, and what the model could do before; `others` is measured once, on the
+base and SFT. `{general}` are texts of the kind
 that the quickstart's base was trained on, made by the same grammar with another seed."""
 
 GENERAL_SEED = 1000
@@ -62,8 +69,10 @@ def main() -> None:
         for model in MODELS
         for seed in arguments.seeds
     }
+    first = arguments.seeds[0]
+    before = {model: by_sft(model, first, arguments.runs / f"{model}-{first}", general) for model in MODELS}
     arguments.out.with_suffix(".svg").write_text(plot(found), encoding="utf-8")
-    arguments.out.write_text(page(arguments.seeds, found, arguments.out.stem), encoding="utf-8")
+    arguments.out.write_text(page(arguments.seeds, found, before, arguments.out.stem), encoding="utf-8")
     print(arguments.out.read_text(encoding="utf-8"))
 
 
@@ -80,11 +89,9 @@ def run(model: str, seed: int, folder: Path, general: Path) -> dict[Point, dict[
         command += ["--set", f"stages.{arm}_{steps}={json.dumps(block)}"]
     forgetting = {"of": ["sft", *(f"{arm}_{steps}" for arm, steps in points)]}
     forgetting |= {suite: settings[suite] for suite in ("perplexity", "continuation")}
-    evaluate = json.dumps({"kind": "evaluate", "forgetting": forgetting}).replace("{general}", str(general))
-    command += ["--set", f"stages.forgetting={evaluate}"]
+    command += ["--set", f"stages.forgetting={stage(forgetting, general)}"]
     subprocess.run(command, check=True)
-    lines = (folder / "forgetting" / "output" / "forgetting.jsonl").read_text(encoding="utf-8").splitlines()
-    since_sft = [row for row in map(json.loads, lines) if row["since"] == "sft"]
+    since_sft = [row for row in changes(folder / "forgetting") if row["since"] == "sft"]
     return {
         (arm, steps): {
             **metrics(folder / f"{arm}_{steps}"),
@@ -94,8 +101,28 @@ def run(model: str, seed: int, folder: Path, general: Path) -> dict[Point, dict[
     }
 
 
-def metrics(stage: Path) -> dict[str, float]:
-    return dict(json.loads((stage / "output" / "manifest.json").read_text(encoding="utf-8"))["metrics"])
+def by_sft(model: str, seed: int, folder: Path, general: Path) -> list[dict[str, Any]]:
+    """The changes from the base to SFT, in the same run."""
+    settings = MODELS[model]
+    suites = {suite: settings[suite] for suite in ("perplexity", "continuation")} | settings.get("others", {})
+    command = [str(Path(sys.executable).parent / "relay"), "run", settings["recipe"], "--run-dir", str(folder)]
+    command += ["--set", f"seed={seed}", "--until", "by_sft"]
+    command += ["--set", f"stages.by_sft={stage({'of': ['base', 'sft'], **suites}, general)}"]
+    subprocess.run(command, check=True)
+    return changes(folder / "by_sft")
+
+
+def stage(forgetting: dict[str, Any], general: Path) -> str:
+    return json.dumps({"kind": "evaluate", "forgetting": forgetting}).replace("{general}", str(general))
+
+
+def changes(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "output" / "forgetting.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    return dict(json.loads((folder / "output" / "manifest.json").read_text(encoding="utf-8"))["metrics"])
 
 
 def plot(found: dict[tuple[str, int], dict[Point, dict[str, Any]]]) -> str:
@@ -113,7 +140,12 @@ def plot(found: dict[tuple[str, int], dict[Point, dict[str, Any]]]) -> str:
     return scatter(panels, "KL to SFT, nats per reply")
 
 
-def page(seeds: list[int], found: dict[tuple[str, int], dict[Point, dict[str, Any]]], stem: str) -> str:
+def page(
+    seeds: list[int],
+    found: dict[tuple[str, int], dict[Point, dict[str, Any]]],
+    before: dict[str, list[dict[str, Any]]],
+    stem: str,
+) -> str:
     lines = [
         "# What PPO forgets",
         "",
@@ -135,9 +167,12 @@ def page(seeds: list[int], found: dict[tuple[str, int], dict[Point, dict[str, An
                     cells = [arm, steps, seed, f"{row['eval/kl']:.2f}", f"{row['eval/score']:.2f}"]
                     cells += [cell(row[measure]) for measure in MEASURES]
                     lines.append("| " + " | ".join(map(str, cells)) + " |")
-        before = next(iter(found[model, seeds[0]].values()))
-        said = ", ".join(f"{label} {before[measure]['before']:.3f}" for measure, label in MEASURES.items())
-        lines += ["", f"SFT, seed {seeds[0]}: {said}."]
+        lines += ["", f"From the base to SFT, seed {seeds[0]}:", ""]
+        lines += ["| measure | base | SFT | change | verdict |", "|---|---|---|---|---|"]
+        for row in before[model]:
+            change = f"{row['change']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+            cells = [row["measure"], f"{row['before']:.3f}", f"{row['after']:.3f}", change, row["verdict"]]
+            lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"![change since SFT against KL]({stem}.svg)"]
     return "\n".join(lines) + "\n"
 

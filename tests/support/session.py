@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -98,6 +99,9 @@ def serve(folder: Path) -> None:
         part.write_text(json.dumps(answer))
         part.rename(folder / f"result-{number}-{rank}.json")
         number += 1
+        # What a task imported stays; the collections that a stage asks for need not walk through it each time.
+        gc.collect()
+        gc.freeze()
 
 
 if __name__ == "__main__":
