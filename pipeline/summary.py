@@ -99,7 +99,7 @@ def _comparison(metrics: dict[str, float]) -> list[tuple[str, str]]:
             rows.append((f"{stem}, before -> after", f"{metrics[stem + '/against']:.4g} -> {metrics[name]:.4g}"))
         elif side in RATES:
             low, high = metrics[name + "_low"], metrics[name + "_high"]
-            rows.append((f"{stem}, {RATES[side]} (95 % interval)", f"{metrics[name]:.3f} ({low:.3f} to {high:.3f})"))
+            rows.append((f"{stem}, {RATES[side]} (95 %)", f"{metrics[name]:.3f} ({low:.3f} to {high:.3f})"))
     kl = metrics.get("kl")
     rows.append(("KL to the policy before, before -> after", f"0 -> {kl:.4g}"))
     rows.append(("held-out prompts", f"{metrics['prompts']:.0f}"))

@@ -33,7 +33,6 @@ def summary(sides: dict[str, list[Record]]) -> dict[str, float]:
         tokens = [row["tokens"] for row in rows]
         found = {
             "length": [row["length"] for row in rows],
-            "ended": [row["ended"] for row in rows],
             "truncated": [not row["ended"] for row in rows],
             "empty": [not row["reply"].strip() for row in rows],
             "refusals": [texts.refuses(row["reply"]) for row in rows],
