@@ -21,7 +21,8 @@ def hh_rlhf(test_data: Path) -> Path:
 
 @pytest.fixture
 def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
-    """Makes a loaded recipe of three stages that read `rows.jsonl` beside it with shares 0.2, 0.4 and 0.4."""
+    """Makes a loaded recipe of three stages that read `rows.jsonl` beside it with shares 0.2, 0.4 and 0.4, and of an evaluate
+    stage where anything is held out."""
 
     def make(
         holdout: float = 0.2, path: str = "rows.jsonl", split: dict[str, float] | None = None, **changes: dict[str, Any]
@@ -37,8 +38,9 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
                 "steps": 1,
                 "prompts": [{"path": path, "share": 0.4}],
             },
-            "evaluate": {"kind": "evaluate", "model": "ppo", "against": "sft", "prompts": [{"path": path}]},
         }
+        if holdout:
+            stages["evaluate"] = {"kind": "evaluate", "model": "ppo", "against": "sft", "prompts": [{"path": path}]}
         for stage, block in changes.items():
             stages.setdefault(stage, {}).update(block)
         file = tmp_path / "recipe.yaml"

@@ -27,7 +27,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "kto": {
         **LONG,
         "kind": "kto",
-        "init": "pretrain",
         "data": [{"path": "replies.jsonl"}],
         "adapter": {"method": "full"},
     },

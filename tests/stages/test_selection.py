@@ -220,7 +220,7 @@ def test_models_set_by_hand(ranks: Get, speaker: Path, judge: Path, tmp_path: Pa
         verdicts[row] = "chosen"
     assert [row["verdict"] for row in scores] == verdicts
     assert chosen == [{"prompt": ROWS[row][0], "completion": ROWS[row][1]} for row in sorted(order)]
-    assert manifest["inputs"]["judge"] == handoff.model_hash(str(judge))
+    assert manifest["inputs"]["outside"] == {"reward": handoff.model_hash(str(judge))}
 
 
 def bag(text: str) -> np.ndarray:
