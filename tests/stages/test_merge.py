@@ -10,11 +10,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import chain, handoff
@@ -64,7 +65,7 @@ class Case:
         found = load_file(self.run / stage / "output" / "adapter_model.safetensors")
         names = [name.removesuffix(".lora_A.weight") for name in found if name.endswith(".lora_A.weight")]
         return {
-            n: tuple(found[f"{n}.lora_{side}.weight"].astype(np.float64) for side in "AB")  # type: ignore[misc]
+            n: tuple(found[f"{n}.lora_{side}.weight"].double().numpy() for side in "AB")  # type: ignore[misc]
             for n in names
         }
 
@@ -292,3 +293,38 @@ def test_other_bases_are_refused(ranks: Get, tmp_path: Path, case: Case) -> None
     context = Context(load(path), "bad", case.run, 0, 1, {}, batons)
     with pytest.raises(UserError, match=r"stages.bad.of: far stands on .*export.output and two on"):
         common_base(context, list(batons.values()))
+
+
+@pytest.fixture(scope="module")
+def packed(ranks: Get, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The same on a 4-bit base: two adapters, their sum, and that written out as a full model in float32."""
+    folder = tmp_path_factory.mktemp("packed")
+    stages = {name: STAGES[name] for name in ("one", "two", "linear")}
+    stages["export"] = {"kind": "export", "policy": "linear", "dtype": "fp32"}
+    stages = {name: {**block, "base": {"dtype": "bf16", "quantization": "nf4"}} for name, block in stages.items()}
+    path = recipe(folder, tiny_llama, stages, adapter={"method": "lora", "r": 4, "alpha": 8})
+    ranks(1).call("tests.support.stages:chain", recipe=str(path), run_dir=str(folder / "run"))
+    return Case(ranks(1), path, folder / "run", tiny_llama)
+
+
+def test_adapters_of_one_4_bit_base_are_added(packed: Case) -> None:
+    """Factors are published in bfloat16, as they trained: each sum is off by half a unit in its last place, 2^-9, at most."""
+    found = packed.factors("linear")
+    for name, (a, b) in sides(packed).items():
+        bound = 2 * 2.0**-8 * np.abs(sum(b)) @ np.abs(sum(a))
+        assert (np.abs(change(found[name]) - sum(b) @ sum(a)) <= bound + 1e-9).all()
+        assert np.abs(sum(b) @ sum(a)).max() > 0
+
+
+def test_a_4_bit_policy_is_exported_dequantised(packed: Case) -> None:
+    """Each adapted weight: bitsandbytes' own quantisation of the base's, taken back, and the adapter's change."""
+    whole = AutoModelForCausalLM.from_pretrained(packed.run / "export" / "output", dtype="auto").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(packed.base, dtype=torch.bfloat16).state_dict()
+    for name, factors in packed.factors("linear").items():
+        weight = f"{name.removeprefix('base_model.model.')}.weight"
+        held, state = bnb.quantize_4bit(base[weight], quant_type="nf4", compress_statistics=True)
+        taken_back = bnb.dequantize_4bit(held, state).float().numpy().astype(np.float64)
+        np.testing.assert_allclose(
+            whole[weight].float().numpy(), taken_back + change(factors), atol=1e-5, err_msg=weight
+        )
+        assert np.abs(taken_back - base[weight].float().numpy()).max() > 1e-3  # 4 bits are not the weights
