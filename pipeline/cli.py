@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import chain, handoff, launch
+from pipeline import chain, faults, handoff, launch
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe, elsewhere, load
 from pipeline.config.schema import Classify, Frozen
@@ -21,7 +21,7 @@ from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
 from pipeline.data import show as data_show
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, UserError
-from pipeline.lock import run_lock
+from pipeline.lock import await_ranks, run_lock
 from pipeline.memory import Need
 from pipeline.summary import results, summary
 
@@ -61,6 +61,12 @@ def app() -> None:
     except UserError as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        trouble = faults.machine(error, Path.cwd())
+        if trouble is None:
+            raise
+        print(f"\n{trouble}", file=sys.stderr)
+        sys.exit(EXIT_TROUBLE)
 
 
 def _open(
@@ -90,6 +96,7 @@ def run(
     loaded, folder, given = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), ranks)
     wanted, again = chain.selection(loaded, first, until), chain.redo(loaded, first)
     with run_lock(folder):
+        await_ranks(folder)
         for stage in loaded.stages:
             handoff.recover(folder / stage)
         for stage in wanted:
@@ -98,10 +105,13 @@ def run(
 
 
 def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, again: bool) -> None:
-    state = chain.state(recipe, stage, run_dir)
-    if state.done and not again:
-        console.print(f"[bold]{stage}[/bold]  {state.why}")
-        return
+    why = "asked to run again"
+    if not again:  # what is published may be damaged, and is made anew then
+        state = chain.state(recipe, stage, run_dir)
+        why = state.why
+        if state.done:
+            console.print(f"[bold]{stage}[/bold]  {why}")
+            return
     launch.check_devices(recipe, stage)
     for parent in recipe.parents(stage):
         handoff.open_baton(run_dir / parent)
@@ -113,16 +123,16 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
         shutil.rmtree(run_dir / stage / "checkpoints", ignore_errors=True)
         redo.parent.mkdir(parents=True, exist_ok=True)
         redo.touch()
-    console.print(f"[bold]{stage}[/bold]  starts: {'asked to run again' if again else state.why}")
-    began = time.monotonic()
+    console.print(f"[bold]{stage}[/bold]  starts: {why}")
+    began, before = time.monotonic(), handoff.published(run_dir / stage)
     code = launch.run(recipe, stage, run_dir, given)
     if code == EXIT_STOPPED:
         console.print(f"[bold]{stage}[/bold]  stopped and saved; the same command goes on from there")
         raise typer.Exit(EXIT_STOPPED)
+    if code == 0 and handoff.published(run_dir / stage) == before:
+        code = 1  # the launcher itself was killed, of which `deepspeed` makes a success
     if code != 0:
-        console.print(
-            f"[bold]{stage}[/bold]  failed with exit code {code}; its error is above, nothing published changed"
-        )
+        console.print(f"[bold]{stage}[/bold]  failed: {launch.ended(code)}; nothing published changed")
         raise typer.Exit(code if code in (EXIT_USER_ERROR, EXIT_TROUBLE) else 1)
     redo.unlink(missing_ok=True)
     manifest = handoff.open_baton(run_dir / stage).manifest

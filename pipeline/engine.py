@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,6 +30,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from pipeline import checkpoint, gradients
 from pipeline.config.schema import Dtype, Schedule
 from pipeline.errors import Trouble, UserError
+from pipeline.extensions import free_builds
+from pipeline.watchdog import progress
 
 Value = TypeVar("Value")
 
@@ -90,11 +93,13 @@ def start(seed: int) -> torch.device:
     if not dist.is_initialized():
         if get_accelerator().device_name() != "cpu":
             get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        free_builds()
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name()
             if get_accelerator().device_name() != "cpu"
             else "gloo",
             verbose=False,
+            timeout=timedelta(days=1),  # the watchdog's limit is the recipe's, and it says which rank hangs
         )
         _release_shared_buffer()
     if get_accelerator().device_name() == "cpu":
@@ -137,6 +142,7 @@ def seed_all(seed: int) -> None:
 
 def agreed(value: Any) -> Any:
     """Rank 0's value, on every rank."""
+    progress()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
@@ -167,6 +173,7 @@ def on_main(work: Callable[[], Value]) -> Value:
 
 def gather_rows(local: torch.Tensor) -> torch.Tensor:
     """All ranks' rows in rank order, on every rank; columns are padded with zeros to the widest rank's."""
+    progress()
     world = dist.get_world_size()
     if world == 1:
         return local

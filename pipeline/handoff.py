@@ -179,6 +179,15 @@ def current(stage_dir: Path) -> Path:
     return previous if previous.exists() and not output.exists() else output
 
 
+def published(stage_dir: Path) -> tuple[int, int] | None:
+    """Which publication lies in a stage's folder: another after each `publish`, None where there is none."""
+    try:
+        found = (current(stage_dir) / MANIFEST).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def read_manifest(stage_dir: Path) -> dict[str, Any] | None:
     """The manifest of a published stage, unverified; None when nothing is published."""
     path = current(stage_dir) / MANIFEST

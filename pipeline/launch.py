@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pipeline import lifeline
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe
 from pipeline.errors import EXIT_STOPPED, UserError
@@ -20,10 +22,10 @@ from pipeline.errors import EXIT_STOPPED, UserError
 STOP_FILE = "STOP"
 """A file of this name in a stage's folder asks its ranks to save and stop at the next step boundary."""
 
-PARENT = "RELAY_PARENT"
-"""Pid of `relay run` for the ranks, which die with it."""
-
 GRACE_SECONDS = 600.0
+
+PORTS = range(20000, 32768)
+"""Below the ports that Linux gives to outgoing connections, so that none of those takes one before the ranks listen on it."""
 
 
 def command(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str], port: int | None = None) -> list[str]:
@@ -33,7 +35,7 @@ def command(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str], por
     hosts = ["--hostfile", place.hostfile, "--num_nodes", str(place.num_nodes)] if place.hostfile else []
     line = [_deepspeed(), *hosts, "--num_gpus", str(place.num_gpus)]
     if port is not None:
-        line += ["--master_port", str(port), "--log_level", "error"]
+        line += ["--master_port", str(port), "--log_level", "critical"]
     held = ["--lock-held"] if port is not None else []
     line += [
         "--module",
@@ -85,7 +87,7 @@ def check_devices(recipe: Recipe, stage: str) -> None:
 
 def environment() -> dict[str, str]:
     """The environment of a stage's processes."""
-    env = {**os.environ, PARENT: str(os.getpid())}
+    env = {**os.environ, lifeline.OWNER: lifeline.owner()}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     if devices() is None:
         env["DS_ACCELERATOR"] = "cpu"
@@ -96,9 +98,39 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port for ranks to meet on, given to no other run on this host while this process lives.
+
+    Ranks listen on it only seconds later. Until then a name in the kernel's table of abstract sockets, which goes with this
+    process, keeps it from other runs. Raises UserError when every port is taken.
+    """
+    for number in random.SystemRandom().sample(PORTS, len(PORTS)):
+        reserved = socket.socket(socket.AF_UNIX)
+        try:
+            reserved.bind(f"\0relay-port-{number}")
+            with socket.socket() as probe:
+                probe.bind(("", number))
+        except OSError:
+            reserved.close()
+            continue
+        _reserved.append(reserved)
+        return number
+    raise UserError(
+        "port", "none is free", expected=f"one of {PORTS.start} to {PORTS.stop - 1}", fix="end other programs"
+    )
+
+
+_reserved: list[socket.socket] = []
+
+
+def ended(code: int) -> str:
+    """What an exit code of the launcher says."""
+    number = -code if code < 0 else 256 - code
+    if number not in {*signal.Signals}:
+        return f"exit code {code}, its error is above"
+    cause = (
+        "; the kernel does that to a process when memory runs out (`dmesg` says so)" if number == signal.SIGKILL else ""
+    )
+    return f"a process of the job was ended by {signal.Signals(number).name}{cause}"
 
 
 def run(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> int:

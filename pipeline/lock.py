@@ -1,4 +1,4 @@
-"""One run directory, one writer. The kernel drops the lock with its holder, so a killed run leaves none behind."""
+"""One run directory, one writer. The kernel drops a lock with its holder, so a killed run leaves none behind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,32 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, stream)
         stream.flush()
         yield
+
+
+@contextmanager
+def of_a_rank(run_dir: Path) -> Iterator[None]:
+    """Hold `run_dir/.ranks`, which all ranks share."""
+    with (run_dir / ".ranks").open("a", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        yield
+
+
+def await_ranks(run_dir: Path, patience: float = 60.0) -> None:
+    """Wait for ranks of a run that was killed a moment ago: they write until they notice. Raises UserError when they stay."""
+    limit = time.monotonic() + patience
+    with (run_dir / ".ranks").open("a", encoding="utf-8") as stream:
+        while True:
+            try:
+                return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > limit:
+                    raise UserError(
+                        f"run directory {run_dir}",
+                        f"ranks of an earlier run still hold it after {patience:g} s",
+                        expected="that they end with the run they belong to",
+                        fix="look for processes with that --run-dir and end them",
+                    ) from None
+                time.sleep(0.1)
 
 
 def _holder(text: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
+import faulthandler
 import json
 import os
 import platform
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,16 +19,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import chain, handoff
+from pipeline import chain, faults, handoff
 from pipeline.config.kinds import DATA
 from pipeline.config.recipe import BASE, Recipe, elsewhere, load
 from pipeline.config.schema import Stage
 from pipeline.data.split import Counts
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, Trouble, UserError
 from pipeline.handoff import Baton
-from pipeline.launch import PARENT, STOP_FILE
-from pipeline.lock import run_lock
+from pipeline.launch import STOP_FILE
+from pipeline.lifeline import die_with_parents
+from pipeline.lock import of_a_rank, run_lock
 from pipeline.tracking import Tracker
+from pipeline.watchdog import PATIENCE, progress, watchdog
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "wandb_run_id")
 """What a stage writes beside its checkpoints and must stay with them."""
@@ -104,6 +105,7 @@ class Context:
 
     def stop_requested(self) -> bool:
         """Whether any rank was signalled or asked by file to stop. Collective: every rank must call it at the same step."""
+        progress()
         asked = self._signalled or (self.is_main and (self.dir / STOP_FILE).exists())
         if self.world_size == 1:
             return asked
@@ -187,6 +189,7 @@ def main(program: Callable[[Context], None]) -> None:
     arguments = parser.parse_args()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     die_with_parents()
+    faulthandler.enable()
     code = 0
     try:
         overrides = [*arguments.set, *_launched_size(arguments, world_size)]
@@ -200,16 +203,37 @@ def main(program: Callable[[Context], None]) -> None:
             world_size,
             locked=arguments.lock_held,
         )
-    except (UserError, Trouble) as error:
-        if rank != 0:  # the launcher ends this rank as soon as rank 0 has told the same thing
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5.0)
-        print(f"\n{error}", file=sys.stderr, flush=True)
-        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_TROUBLE
     except Stopped:
         code = EXIT_STOPPED
+    except Exception as error:
+        code = _tell(error, arguments.run_dir, rank, world_size)
     sys.stdout.flush()
     _leave(code)
+
+
+def _tell(error: Exception, run_dir: Path, rank: int, world_size: int) -> int:
+    """Say what ended this rank, unless another one has; the exit code.
+
+    The launcher ends all ranks as soon as one has ended. So a rank that only lost another leaves that one the word, and of
+    ranks with the same mistake rank 0 speaks.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    named = f"rank {rank} of {world_size}: " if world_size > 1 else ""
+    if faults.lost_peer(error):
+        time.sleep(3 * PATIENCE)
+        print(f"\n{named}lost another rank: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return 1
+    if rank != 0:
+        time.sleep(PATIENCE)
+    if isinstance(error, (UserError, Trouble)):
+        print(f"\n{error}", file=sys.stderr, flush=True)
+    elif trouble := faults.machine(error, run_dir):
+        print(f"\n{named}{trouble}", file=sys.stderr, flush=True)
+        return EXIT_TROUBLE
+    else:
+        print(f"\n{faults.told(error, rank, world_size)}", file=sys.stderr, flush=True)
+        return 1
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_TROUBLE
 
 
 def _leave(code: int) -> None:
@@ -252,7 +276,7 @@ def execute(
     recipe = load(name, overrides)
     if stage not in recipe.stages:
         raise UserError(f"--stage {stage}", "no such stage", expected="one of: " + ", ".join(recipe.stages))
-    with run_lock(run_dir) if rank == 0 and not locked else nullcontext():
+    with run_lock(run_dir) if rank == 0 and not locked else nullcontext(), of_a_rank(run_dir):
         if rank == 0:
             for name in recipe.stages:
                 handoff.recover(run_dir / name)
@@ -268,7 +292,8 @@ def execute(
             signal.signal(signum, context.note)
         if rank == 0:
             _claim_checkpoints(context.dir, chain.key(record))
-        program(context)
+        with watchdog(context.block.deepspeed.timeout, rank, world_size):
+            program(context)
 
 
 def _claim_checkpoints(stage_dir: Path, key: str) -> None:
@@ -290,37 +315,3 @@ def _claim_checkpoints(stage_dir: Path, key: str) -> None:
                     os.rename(current / record, stage_dir / record)
     current.mkdir(parents=True, exist_ok=True)
     owner.write_text(key, encoding="utf-8")
-
-
-def die_with_parents() -> None:
-    """End this process when the launcher above it, or `relay run` above that, is gone; nothing else would."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the kernel's part, for the direct parent
-    watched = {os.getppid(): _born(os.getppid())}
-    grandparent = _parent_of(os.getppid())
-    if grandparent > 1:
-        watched[grandparent] = _born(grandparent)
-    owner = os.environ.get(PARENT)
-    if owner:
-        watched[int(owner)] = _born(int(owner))
-
-    def watch() -> None:
-        while all(_born(pid) == born for pid, born in watched.items()):
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="watch-parents", daemon=True).start()
-
-
-def _born(pid: int) -> str:
-    """A process's start time, so that a reused pid is not mistaken for it; empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _parent_of(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0

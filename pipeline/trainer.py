@@ -32,6 +32,7 @@ from pipeline.handoff import Baton
 from pipeline.model import begin
 from pipeline.stage import Context, Stopped
 from pipeline.tracking import Tracker
+from pipeline.watchdog import progress
 
 HIDDEN = ("runtime", "per_second", "total_flos", "epoch")
 """Parts of the names of numbers that depend on the machine or repeat the step; they are not logged."""
@@ -205,6 +206,11 @@ class Bridge(TrainerCallback):
             raise Finished
         if self.allocation is not None:
             self.allocation.follow(self.engine(), lambda: state.global_step)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        progress()
+
+    on_prediction_step = on_substep_end
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.context.stop_requested() and state.global_step < state.max_steps:

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 

@@ -203,7 +203,7 @@ def outside(block: Stage) -> Iterator[tuple[str, Any]]:
 
 def resolved(block: Stage) -> dict[str, Any]:
     """The block as plain data: what the manifest records and what decides whether a stage must run again."""
-    return block.model_dump(mode="json")
+    return block.model_dump(mode="json", exclude={"deepspeed": {"timeout"}})
 
 
 def digest(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from pipeline.config.adapter import Adapter
-from pipeline.config.block import Block, Dtype, Fraction, NonNegative, Positive
+from pipeline.config.block import Block, Dtype, Fraction, NonNegative, Positive, Seconds
 from pipeline.config.glue import task_name
 
 
@@ -41,12 +41,14 @@ class Base(Block):
 
 
 class DeepSpeed(Block):
-    """Which DeepSpeed configuration, on how many devices; `config` is a shipped name (zero0 … zero3_offload) or a file."""
+    """Which DeepSpeed configuration, on how many devices; `config` is a shipped name (zero0 … zero3_offload) or a file.
+    A rank that makes no progress for `timeout` seconds ends the job."""
 
     config: str = "zero2"
     num_gpus: Positive = 1
     num_nodes: Positive = 1
     hostfile: str | None = None
+    timeout: Seconds = 1800.0
 
     @property
     def ranks(self) -> int:

@@ -23,6 +23,7 @@ from pipeline.adapters.prefix import ATTENTION as PREFIX
 from pipeline.config.schema import Sampling
 from pipeline.generation.hf import pack
 from pipeline.generation.rollout import Rollout, at_position, pick
+from pipeline.watchdog import progress
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,10 @@ def sample(
     while run.waiting or run.live:
         run.admit()
         run.step()
+        progress()
     while synced and _any_rank(False, model.device):
         run.idle()
+        progress()
     rollout = pack(prompts, run.tokens[:-1], run.logprobs[:-1], eos, pad)
     return replace(rollout, logprobs=rollout.logprobs[:, : int(rollout.lengths.max())])
 

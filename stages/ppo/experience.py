@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.config.schema import Ppo
 from pipeline.engine import gather_rows as gather
 from pipeline.generation.rollout import Rollout
+from pipeline.watchdog import progress
 from stages.ppo.advantage import ESTIMATORS, Given, token_rewards, whiten
 from stages.ppo.batches import by_length, restored
 from stages.ppo.kl import estimate
@@ -90,6 +91,7 @@ def read(engine: Any, rollout: Rollout, roles: list[str], temperature: float, bu
     index = by_length(rollout.prompt_lengths + rollout.lengths, budget)
     with engine.module.evaluating():
         for rows in index:
+            progress()
             pieces.append(engine("read", roles, *rollout.rows(rows), width, temperature))
     said = {role: restored([piece[role] for piece in pieces], index) for role in roles}
     return {role: column * rollout.mask if column.dim() == 2 else column for role, column in said.items()}

@@ -15,6 +15,7 @@ from pipeline import engine
 from pipeline.adapters.adalora import Allocation
 from pipeline.config.schema import Ppo, Schedule
 from pipeline.errors import Trouble
+from pipeline.watchdog import progress
 from stages.ppo.advantage import ESTIMATORS
 from stages.ppo.batches import dealt, micro_batch
 from stages.ppo.experience import Experience, kl_place
@@ -114,6 +115,7 @@ class Updater:
 
     def _backward(self, loss: Tensor, number: int, *, last: bool) -> None:
         """Add the gradients of a micro-batch of minibatch `number`; step the optimizer after its last."""
+        progress()
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
         if last:

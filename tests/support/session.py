@@ -79,7 +79,7 @@ class Ranks:
 
 def serve(folder: Path) -> None:
     """A rank's loop: take the next task, run it, answer; until the parent is gone."""
-    from pipeline.stage import die_with_parents
+    from pipeline.lifeline import die_with_parents
 
     die_with_parents()
     rank, number = int(os.environ["RANK"]), 0
