@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.read import file_hash
-from pipeline.handoff import sync, write_json
+from pipeline.handoff import sealed, sync, unsealed, write_json
 
 MARKER = "COMPLETE.json"
 
@@ -19,16 +19,20 @@ def complete(folder: Path, facts: dict[str, Any]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER)
     for file in files:
         sync(file)
-    write_json(folder / MARKER, {**facts, "files": {p.relative_to(folder).as_posix(): file_hash(p) for p in files}})
+    hashes = {p.relative_to(folder).as_posix(): file_hash(p) for p in files}
+    write_json(folder / MARKER, sealed({**facts, "files": hashes}))
     sync(folder)
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None when every file is as it was when it was completed."""
-    try:
-        expected = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return f"{MARKER} is missing or unreadable"
+    record = unsealed(folder / MARKER)
+    if record is None:
+        return f"{MARKER} is missing or was altered"
+    expected = record["files"]
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MARKER}
+    for name in sorted(found - expected.keys()):
+        return f"{name} is not in {MARKER}"
     for name, digest in expected.items():
         path = folder / name
         if not path.is_file():
@@ -52,6 +56,7 @@ def newest(checkpoints: Path) -> Path | None:
         shutil.rmtree(cut, ignore_errors=True)
     for folder in sorted(_all(checkpoints), key=step_of, reverse=True):
         if not (folder / MARKER).exists():
+            print(f"checkpoint {folder} is removed: it has no {MARKER}, so it was never whole", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
             continue
         problem = damage(folder)

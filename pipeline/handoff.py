@@ -153,7 +153,7 @@ def publish(stage_dir: Path, write: Callable[[Path], None], facts: dict[str, Any
             sync(file)
     hashes = file_hashes(fresh)
     manifest = {"schema": SCHEMA, **facts, "content_hash": content_hash(fresh, hashes), "files": hashes}
-    write_json(fresh / MANIFEST, {**manifest, SEAL: digest(manifest)})
+    write_json(fresh / MANIFEST, sealed(manifest))
     sync(fresh)
     if output.exists():
         os.rename(output, previous)
@@ -191,15 +191,14 @@ def published(stage_dir: Path) -> tuple[int, int] | None:
 def read_manifest(stage_dir: Path) -> dict[str, Any] | None:
     """The manifest of a published stage, unverified; None when nothing is published."""
     path = current(stage_dir) / MANIFEST
-    if not path.is_file():
+    if not path.parent.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(manifest, dict) and manifest.pop(SEAL, None) == digest(manifest):
-            return manifest
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        pass
-    raise UserError(str(path), "this manifest was altered or cut short", fix=_rebuild(stage_dir))
+    if not path.is_file():
+        raise UserError(str(path), "missing, and the other files of the output are there", fix=_rebuild(stage_dir))
+    manifest = unsealed(path)
+    if manifest is None:
+        raise UserError(str(path), "this manifest was altered or cut short", fix=_rebuild(stage_dir))
+    return manifest
 
 
 def open_baton(stage_dir: Path) -> Baton:
@@ -262,6 +261,20 @@ def check_same_tokenizer(first: Baton, second: Baton) -> None:
                 expected="one tokenizer through the chain",
                 fix="train both stages from bases with the same tokenizer, `chat_template` and `add_tokens`",
             )
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` with its own hash, by which a reader knows it whole."""
+    return {**value, SEAL: digest(value)}
+
+
+def unsealed(path: Path) -> dict[str, Any] | None:
+    """What a sealed JSON file says; None when it is not there, was altered or cut short."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return value if isinstance(value, dict) and value.pop(SEAL, None) == digest(value) else None
 
 
 def write_json(path: Path, value: Any) -> None:

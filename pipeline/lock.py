@@ -41,6 +41,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 @contextmanager
 def of_a_rank(run_dir: Path) -> Iterator[None]:
     """Hold `run_dir/.ranks`, which all ranks share."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".ranks").open("a", encoding="utf-8") as stream:
         fcntl.flock(stream, fcntl.LOCK_SH)
         yield

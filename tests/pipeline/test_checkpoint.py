@@ -33,6 +33,14 @@ def flip(file: Path) -> None:
     file.write_bytes(raw[:3] + bytes([raw[3] ^ 1]) + raw[4:])
 
 
+def reword(folder: Path, old: bytes, new: bytes) -> None:
+    """Alter the step that the marker records."""
+    marker = folder / "COMPLETE.json"
+    text = marker.read_bytes()
+    assert b'"step": ' + old in text
+    marker.write_bytes(text.replace(b'"step": ' + old, b'"step": ' + new))
+
+
 def test_complete_records_hashes_and_facts(tmp_path: Path) -> None:
     folder = save(tmp_path, 3, loss=0.25)
     record = json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))
@@ -51,9 +59,11 @@ def test_complete_records_hashes_and_facts(tmp_path: Path) -> None:
         (lambda folder: flip(folder / "engine" / "state.pt"), "engine/state.pt was altered"),
         (lambda folder: (folder / "random.pt").write_bytes(b""), "random.pt was altered"),
         (lambda folder: (folder / "random.pt").unlink(), "random.pt is missing"),
-        (lambda folder: (folder / "COMPLETE.json").unlink(), "COMPLETE.json is missing or unreadable"),
-        (lambda folder: (folder / "COMPLETE.json").write_text("{"), "COMPLETE.json is missing or unreadable"),
-        (lambda folder: (folder / "COMPLETE.json").write_text("{}"), "COMPLETE.json is missing or unreadable"),
+        (lambda folder: (folder / "COMPLETE.json").unlink(), "COMPLETE.json is missing or was altered"),
+        (lambda folder: (folder / "COMPLETE.json").write_text("{"), "COMPLETE.json is missing or was altered"),
+        (lambda folder: (folder / "COMPLETE.json").write_text("{}"), "COMPLETE.json is missing or was altered"),
+        (lambda folder: reword(folder, b"3", b"4"), "COMPLETE.json is missing or was altered"),
+        (lambda folder: (folder / "more.pt").touch(), "more.pt is not in COMPLETE.json"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, act: Callable[[Path], Any], found: str) -> None:
@@ -86,7 +96,7 @@ def test_newest_falls_back_to_an_older_good_one_and_says_so(tmp_path: Path, caps
     ]
 
 
-def test_newest_removes_what_was_never_completed(tmp_path: Path) -> None:
+def test_newest_removes_what_was_never_completed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, 10)
     for name in ("step-20", "step-20.writing"):
         (tmp_path / name).mkdir()
@@ -94,6 +104,7 @@ def test_newest_removes_what_was_never_completed(tmp_path: Path) -> None:
     (tmp_path / "inputs_hash").write_text("abc", encoding="utf-8")
     assert checkpoint.newest(tmp_path) == tmp_path / "step-10"
     assert not (tmp_path / "step-20").exists()
+    assert f"checkpoint {tmp_path / 'step-20'} is removed: it has no COMPLETE.json" in capsys.readouterr().out
     assert (tmp_path / "inputs_hash").exists()
 
 

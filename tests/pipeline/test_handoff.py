@@ -229,7 +229,7 @@ DAMAGE: dict[str, tuple[Act, str]] = {
     "manifest not text": (change("manifest.json", lambda raw: b"\xff" + raw), ALTERED_MANIFEST),
     "manifest a list": (change("manifest.json", lambda raw: b"[]"), ALTERED_MANIFEST),
     "manifest without files": (edit_manifest(files=None), ALTERED_MANIFEST),
-    "manifest deleted": (lambda output: (output / "manifest.json").unlink(), "nothing is published"),
+    "manifest deleted": (lambda output: (output / "manifest.json").unlink(), "manifest.json: missing"),
     "schema": (edit_manifest(schema=99), rf"manifest\.json: schema 99\n  expected schema 1|{ALTERED_MANIFEST}"),
     "content hash": (
         edit_manifest(content_hash="0" * 64),

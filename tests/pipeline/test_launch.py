@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_runs_get_different_ports() -> None:
 
 
 def test_ports_in_use_and_of_outgoing_connections_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, _ = (int(number) for number in open("/proc/sys/net/ipv4/ip_local_port_range").read().split())
+    first, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     assert launch.PORTS.stop <= first
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
