@@ -78,6 +78,20 @@ def refused(recipe: str, stage: str, run_dir: str) -> str:
     raise AssertionError(f"{stage} was not refused")
 
 
+def told(recipe: str, stage: str, run_dir: str) -> str:
+    """What the machine's fault that ends the stage is told as; empty when there is none."""
+    from pipeline import faults
+
+    try:
+        run(recipe, stage, run_dir)
+    except Exception as error:
+        trouble = faults.machine(error, Path(run_dir))
+        if trouble is None:
+            raise
+        return str(trouble)
+    return ""
+
+
 def chain(recipe: str, run_dir: str, overrides: list[str] | None = None, until: str | None = None) -> dict[str, str]:
     """Run all stages of a recipe in order; content hash by stage."""
     from pipeline.config.recipe import load
