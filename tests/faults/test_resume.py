@@ -83,17 +83,24 @@ def assert_same_files(run: Path, undisturbed: Path, stage: str) -> None:
 
 @pytest.mark.launch
 def test_killed_in_every_stage(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path) -> None:
-    """SIGKILL of rank 1 in SFT, reward and PPO, SIGTERM to `relay run` in PPO; then the same command to the end."""
+    """SIGKILL of `relay run` in SFT, of rank 1 in the reward model's stage, of all ranks in PPO, and SIGTERM to `relay run`
+    there; then the same command to the end."""
     recipe = tiny.recipe(tmp_path / "tiny.yaml", tiny_llama, **SLOW)
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     ranks(2).call("tests.support.stages:chain", recipe=str(recipe), run_dir=str(undisturbed))
 
-    for stage, step in (("sft", 13), ("reward", 13), ("ppo", 7)):
+    for stage, step, code in (("sft", 13, -signal.SIGKILL), ("reward", 13, 1), ("ppo", 7, 1)):
         process = start(recipe, run)
         wait_for_step(run, stage, step, process)
-        os.kill(ranks_of(run)[1].pid, signal.SIGKILL)
+        for pid in {
+            "sft": [process.pid],
+            "reward": [ranks_of(run)[1].pid],
+            "ppo": [rank.pid for rank in ranks_of(run)],
+        }[stage]:
+            os.kill(pid, signal.SIGKILL)
         output = process.communicate(timeout=60)[0]
-        assert process.returncode == 1, output
+        assert process.returncode == code, output
+        assert stage == "sft" or "a process of the job was ended by SIGKILL" in output
         assert not (run / stage / "output").exists()
         assert psutil.wait_procs(ranks_of(run), timeout=5)[1] == [], "a rank outlived the job"
 
