@@ -361,18 +361,23 @@ def save(
 
 
 def resume(engine: Any, folder: Path) -> dict[str, Any]:
-    """Load what `save` wrote into a freshly built engine of the same shape; returns the state."""
+    """Load what `save` wrote into a freshly built engine of the same shape; returns the state.
+
+    DeepSpeed unpickles its files: `checkpoint.damage` must have found none in `folder`.
+    """
     engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-    _set_random_state(torch.load(folder / f"random-{dist.get_rank()}.pt", weights_only=False))
+    _set_random_state(torch.load(folder / f"random-{dist.get_rank()}.pt", weights_only=True))
     return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
 
 def _random_state() -> dict[str, Any]:
+    """Every generator's state, in types that `torch.load(weights_only=True)` reads."""
     accelerator = get_accelerator()
+    name, words, *rest = cast(tuple[Any, ...], np.random.get_state())
     device = accelerator.get_rng_state() if accelerator.device_name() != "cpu" else None
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (name, words.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "device": device,
     }

@@ -174,7 +174,7 @@ def _encoder(model: str) -> Any:
     from pipeline.data.encode import Encoder
 
     try:
-        return Encoder(AutoTokenizer.from_pretrained(model, model_max_length=LONGEST))
+        return Encoder(AutoTokenizer.from_pretrained(model, model_max_length=LONGEST, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise UserError(
             f"--tokenizer {model}",

@@ -36,7 +36,8 @@ def tokenizer(context: Context, baton: Baton | None) -> Any:
     with a token in training that the parent's published model does not stop on.
     """
     block = context.block
-    tok = load.tokenizer(str(baton.path) if baton else context.base, block.base.revision)
+    told = str(baton.path) if baton else context.base
+    tok = load.tokenizer(told, block.base.revision, trust=block.base.trust_remote_code)
     if baton is None:
         name = template_file(context.recipe, context.stage) or block.base.chat_template
         templates.put(tok, None if name is None else str(name), block.base.add_tokens)
