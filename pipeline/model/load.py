@@ -95,7 +95,7 @@ def check_code(model: str, error: Exception) -> None:
             f"base {model}",
             "it comes with Python code of its own, which is not run unless the recipe says so",
             expected="a model that transformers has the code of",
-            fix="read that code; if you trust it, write `trust_remote_code: true` beside `model:` (of a hub id with `revision:`)",
+            fix="read that code; if you trust it, write `trust_remote_code: true` beside `model:`, and the hub's `revision:`",
         ) from None
 
 
