@@ -122,7 +122,8 @@ def _release_shared_buffer() -> None:
     """
     where = [str(os.getuid()), *(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))]
     dist.barrier()
-    Path("/dev/shm", "_".join(["deepspeed_allreduce_buffer", *where])).unlink(missing_ok=True)
+    name = "_".join(["deepspeed_allreduce_buffer", *where])
+    Path("/dev/shm", name).unlink(missing_ok=True)  # nosec B108 # DeepSpeed's choice; nothing is read from it
 
 
 def _quiet() -> None:

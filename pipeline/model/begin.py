@@ -52,7 +52,8 @@ def _check_stops(tok: Any, baton: Baton) -> None:
     file = baton.path / "generation_config.json"
     if not file.is_file():
         return  # a reward model says nothing
-    stops = load.listed(GenerationConfig.from_pretrained(baton.path).eos_token_id)
+    written = GenerationConfig.from_pretrained(baton.path)  # nosec B615 # a folder
+    stops = load.listed(written.eos_token_id)
     ends = {tok.eos_token_id, *load.turn_ends(tok)} - set(stops)
     if ends:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pickle import UnpicklingError  # nosec B403: nothing is unpickled
+from pickle import UnpicklingError  # nosec B403 # nothing is unpickled
 from typing import Any
 
 import deepspeed
@@ -282,7 +282,7 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
 
     from pipeline.adapters.bitfit import unwritable_biases
 
-    tok = AutoTokenizer.from_pretrained(str(baton.path), trust_remote_code=base.trust_remote_code)
+    tok = AutoTokenizer.from_pretrained(baton.path, trust_remote_code=base.trust_remote_code)  # nosec B615 # a folder
     record = baton.manifest["base"]
     held = base.model_copy(
         update={

@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline import cli
+from pipeline.config.distill import Teacher
 from pipeline.config.evaluate import Policy
 from pipeline.config.recipe import load as load_recipe
 from pipeline.config.recipe import trusted
@@ -20,6 +23,8 @@ from pipeline.data.show import _encoder
 from pipeline.errors import UserError
 from pipeline.handoff import model_hash
 from pipeline.model import load
+from stages.distill import teacher
+from stages.evaluate import subject
 from tests.support import tiny
 from tests.support.session import Ranks
 
@@ -108,8 +113,26 @@ def test_code_is_part_of_what_a_base_is(base: Path) -> None:
     assert model_hash(str(base)) != before
 
 
-def test_the_base_s_key_is_not_that_of_other_models() -> None:
-    assert Policy(model="other").trust_remote_code is False
+def test_the_base_s_key_is_not_that_of_other_models(base: Path, tiny_llama: Path, tmp_path: Path, ran: Path) -> None:
+    """A policy to compare with and a teacher have keys of their own."""
+    changes = {"base__trust_remote_code": True, "stages__sft__init": "base"}
+    recipe = load_recipe(tiny.recipe(tmp_path / "r.yaml", tiny_llama, **changes))
+    context: Any = SimpleNamespace(recipe=recipe, block=recipe.stages["sft"], stage="sft")
+    assert context.block.base.trust_remote_code
+    tok = load.tokenizer(str(tiny_llama))
+    with pytest.raises(UserError) as error:
+        subject.part(context, Policy(model=str(base)), tok)
+    refused(error, ran)
+    with pytest.raises(UserError) as error:
+        teacher.check_vocabulary(context, Teacher(model=str(base)), tok)
+    refused(error, ran)
+    given: Any = SimpleNamespace(teacher=Teacher(model=str(base)), base=context.block.base)
+    with pytest.raises(UserError) as error:
+        load.causal(teacher._part(context, given).base, tok, sharded=False)
+    refused(error, ran)
+    found = subject.part(context, Policy(model=str(base), trust_remote_code=True), tok)
+    assert found.base.trust_remote_code
+    assert ran.exists()
 
 
 def test_relay_run_says_whose_code_will_run(
