@@ -25,7 +25,11 @@ def complete(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None when every file is as it was when it was completed."""
+    """What is wrong with a checkpoint, or None when its files are those it was completed with.
+
+    Checkpoints hold pickles (DeepSpeed's are read without `weights_only`), so nothing reads one before this has looked at it,
+    and none may hold a file more: a reader may look for files by pattern.
+    """
     record = unsealed(folder / MARKER)
     if record is None:
         return f"{MARKER} is missing or was altered"

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pipeline import chain, faults, handoff, launch
 from pipeline.config.kinds import KINDS
-from pipeline.config.recipe import Recipe, elsewhere, load
+from pipeline.config.recipe import Recipe, elsewhere, load, trusted
 from pipeline.config.schema import Classify, Frozen
 from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
@@ -95,6 +95,8 @@ def run(
     """Run the stages of RECIPE that are not up to date, in order; show what came out."""
     loaded, folder, given = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), ranks)
     wanted, again = chain.selection(loaded, first, until), chain.redo(loaded, first)
+    for model in dict.fromkeys(model for stage in wanted for model in trusted(loaded.stages[stage])):
+        console.print(f"Python code that comes with {model} will be run (trust_remote_code)", markup=False)
     with run_lock(folder):
         await_ranks(folder)
         for stage in loaded.stages:

@@ -122,7 +122,8 @@ def _release_shared_buffer() -> None:
     """
     where = [str(os.getuid()), *(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))]
     dist.barrier()
-    Path("/dev/shm", "_".join(["deepspeed_allreduce_buffer", *where])).unlink(missing_ok=True)
+    name = "_".join(["deepspeed_allreduce_buffer", *where])
+    Path("/dev/shm", name).unlink(missing_ok=True)  # nosec B108 # DeepSpeed's choice; nothing is read from it
 
 
 def _quiet() -> None:
@@ -361,18 +362,23 @@ def save(
 
 
 def resume(engine: Any, folder: Path) -> dict[str, Any]:
-    """Load what `save` wrote into a freshly built engine of the same shape; returns the state."""
+    """Load what `save` wrote into a freshly built engine of the same shape; returns the state.
+
+    DeepSpeed unpickles its files: `checkpoint.damage` must have found none in `folder`.
+    """
     engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-    _set_random_state(torch.load(folder / f"random-{dist.get_rank()}.pt", weights_only=False))
+    _set_random_state(torch.load(folder / f"random-{dist.get_rank()}.pt", weights_only=True))
     return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
 
 def _random_state() -> dict[str, Any]:
+    """Every generator's state, in types that `torch.load(weights_only=True)` reads."""
     accelerator = get_accelerator()
+    name, words, *rest = cast(tuple[Any, ...], np.random.get_state())
     device = accelerator.get_rng_state() if accelerator.device_name() != "cpu" else None
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (name, words.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "device": device,
     }

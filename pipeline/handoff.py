@@ -27,6 +27,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 OUTPUT = "output"
 SEAL = "manifest_hash"
 WEIGHTS = (".safetensors", ".bin", ".index.json")
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
+"""Endings of files that run code when they are read; no output holds such a file."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ def content_hash(folder: Path, hashes: dict[str, str]) -> str:
 
 
 def model_hash(model: str, revision: str | None = None) -> str:
-    """Content hash of a base model: its weight files and config.json. `model` is a folder or a hub id."""
+    """Content hash of a base model: its weight files, config.json and code. `model` is a folder or a hub id."""
     folder = model_folder(model, revision)
-    found = sorted(p for p in folder.iterdir() if p.name.endswith(WEIGHTS) or p.name == "config.json")
+    found = sorted(p for p in folder.iterdir() if p.name.endswith((*WEIGHTS, ".py")) or p.name == "config.json")
     if not any(p.name.endswith(WEIGHTS) for p in found):
         raise UserError(
             f"base {model}",
@@ -123,10 +125,11 @@ def _snapshot(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):  # older models, such as OPT, are on the hub as .bin alone
+        # Older models, such as OPT, are on the hub as .bin alone; transformers reads those by torch.load(weights_only=True).
+        if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"]))
         return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -141,7 +144,8 @@ def _snapshot(model: str, revision: str | None) -> Path:
 def publish(stage_dir: Path, write: Callable[[Path], None], facts: dict[str, Any]) -> Baton:
     """Write `<stage_dir>/output` whole or not at all: beside, synced, hashed, manifest last, renamed.
 
-    `write` fills an empty folder; `facts` becomes the manifest, with `schema`, `files` and `content_hash` added.
+    `write` fills an empty folder; `facts` becomes the manifest, with `schema`, `files` and `content_hash` added. Raises
+    RuntimeError for a file in `PICKLES`: the stage then publishes nothing.
     """
     output, fresh, previous = stage_dir / OUTPUT, stage_dir / "output.writing", stage_dir / "output.previous"
     recover(stage_dir)
@@ -149,6 +153,8 @@ def publish(stage_dir: Path, write: Callable[[Path], None], facts: dict[str, Any
     fresh.mkdir(parents=True)
     write(fresh)
     for file in fresh.rglob("*"):
+        if file.suffix in PICKLES:
+            raise RuntimeError(f"{file}: an output holds safetensors and text, no pickles")
         if file.is_file():
             sync(file)
     hashes = file_hashes(fresh)

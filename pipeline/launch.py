@@ -66,7 +66,8 @@ def devices() -> int | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if os.environ.get("DS_ACCELERATOR") == "cpu" or visible == "" or shutil.which("nvidia-smi") is None:
         return None
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    asked = ["nvidia-smi", "-L"]
+    listed = subprocess.run(asked, capture_output=True, text=True, check=False)  # nosec B603 # fixed arguments
     count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
     if count == 0:
         return None
@@ -142,9 +143,8 @@ def run(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> int:
     stop = run_dir / stage / STOP_FILE
     stop.unlink(missing_ok=True)
     stop.parent.mkdir(parents=True, exist_ok=True)
-    child = subprocess.Popen(
-        command(recipe, stage, run_dir, overrides, free_port()), env=environment(), start_new_session=True
-    )
+    line, env = command(recipe, stage, run_dir, overrides, free_port()), environment()
+    child = subprocess.Popen(line, env=env, start_new_session=True)  # nosec B603 # the user's own command
     asked: list[float] = []
 
     def ask(signum: int, frame: FrameType | None) -> None:

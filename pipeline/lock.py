@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import socket
+import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,8 @@ from pipeline.errors import UserError
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold `run_dir/.lock`. Raises UserError naming the holder when another process has it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    _make(run_dir)
+    _warn(run_dir)
     path = run_dir / ".lock"
     with path.open("a+", encoding="utf-8") as stream:
         try:
@@ -41,7 +44,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 @contextmanager
 def of_a_rank(run_dir: Path) -> Iterator[None]:
     """Hold `run_dir/.ranks`, which all ranks share."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    _make(run_dir)
     with (run_dir / ".ranks").open("a", encoding="utf-8") as stream:
         fcntl.flock(stream, fcntl.LOCK_SH)
         yield
@@ -63,6 +66,23 @@ def await_ranks(run_dir: Path, patience: float = 60.0) -> None:
                         fix="look for processes with that --run-dir and end them",
                     ) from None
                 time.sleep(0.1)
+
+
+def _make(run_dir: Path) -> None:
+    """Make the run directory, for its owner alone: it holds data, and checkpoints with pickles. One that is there stays as it
+    is; others may be meant to read it."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(mode=0o700, exist_ok=True)
+
+
+def _warn(run_dir: Path) -> None:
+    if run_dir.stat().st_mode & stat.S_IWOTH:
+        print(
+            f"run directory {run_dir}: every user of this machine can write there, and what lies in checkpoints is run; "
+            f"chmod o-w {run_dir}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _holder(text: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline import chain, faults, handoff
 from pipeline.config.kinds import DATA
-from pipeline.config.recipe import BASE, Recipe, elsewhere, load
+from pipeline.config.recipe import BASE, Recipe, elsewhere, load, trusted
 from pipeline.config.schema import Stage
 from pipeline.data.split import Counts
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, Trouble, UserError
@@ -280,6 +280,8 @@ def execute(
         if rank == 0:
             for name in recipe.stages:
                 handoff.recover(run_dir / name)
+            for model in trusted(recipe.stages[stage]):
+                print(f"{stage}: Python code that comes with {model} is run (trust_remote_code)", flush=True)
         record = json.loads(json.dumps(chain.inputs(recipe, stage, run_dir)))
         batons = {parent: handoff.open_baton(run_dir / parent) for parent in recipe.parents(stage)}
         for part in elsewhere(recipe.stages[stage]):

@@ -158,6 +158,17 @@ def train(context: Context, trainer: Any, start: Ready) -> None:
     bridge.engine = lambda: trainer.model_wrapped
     if bridge.allocation is not None and resume:
         bridge.allocation.load(resume)
+    load_best = trainer._load_best_model
+
+    def load_undamaged() -> None:
+        best = Path(trainer.state.best_model_checkpoint)
+        if problem := engine.on_main(lambda: checkpoint.damage(best)):
+            raise UserError(
+                str(best), f"the best checkpoint is damaged: {problem}", fix="run the stage again with --from"
+            )
+        load_best()
+
+    trainer._load_best_model = load_undamaged
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except Finished:

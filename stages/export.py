@@ -33,7 +33,7 @@ def export(context: Context) -> None:
         def write(folder: Path) -> None:
             load.materialise(base, baton, folder, kind="causal")
     else:
-        tok = load.tokenizer(str(baton.path))
+        tok = load.tokenizer(str(baton.path), trust=base.trust_remote_code)
         held = base.model_copy(update={"model": str(baton.path), "revision": None, "quantization": None})
         model = load.causal(held, tok, sharded=False)
 

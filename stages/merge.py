@@ -33,7 +33,7 @@ def merge(context: Context) -> None:
     batons = [context.batons[name] for name in names]
     base = common_base(context, batons)
 
-    tok = load.tokenizer(str(batons[0].path))
+    tok = load.tokenizer(str(batons[0].path), trust=block.base.trust_remote_code)
     model = with_adapters(block.base.model_copy(update=base), tok, batons)
     combine(model, block)
     hand_over(model, block)

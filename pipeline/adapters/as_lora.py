@@ -72,7 +72,8 @@ def _of_vera(weights: Weights, baton: Baton) -> Factors:
 def _inputs(baton: Baton, layers: list[str]) -> dict[str, int]:
     """Columns of each layer's weight, from the base's config: the model is made without memory."""
     record = baton.manifest["base"]
-    config = AutoConfig.from_pretrained(model_folder(record["model"], record["revision"]))
+    folder = model_folder(record["model"], record["revision"])
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # nosec B615 # a folder
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     found = {}

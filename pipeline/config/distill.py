@@ -23,6 +23,7 @@ class Teacher(Block):
     revision: str | None = None
     dtype: Dtype | None = None
     quantization: Literal["nf4"] | None = None
+    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Teacher:

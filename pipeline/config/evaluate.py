@@ -18,6 +18,7 @@ class Policy(Block):
     stage: str | None = None
     model: str | None = None
     revision: str | None = None
+    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Policy:
@@ -199,7 +200,6 @@ class ChatJudge(Endpoint):
     chat: Url
     model: str
     prompt: str | None = None
-    key_env: str | None = None
     max_tokens: Positive = 512
     together: Positive = 8
 

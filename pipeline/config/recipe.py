@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.config import plain_yaml
 from pipeline.config.block import closest
 from pipeline.config.distill import Distill, check_distill
 from pipeline.config.export import Export
@@ -48,6 +49,10 @@ SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 DS_CONFIGS = SHIPPED.parent.parent / "ds_configs"
 INHERITED = ("base", "adapter", "deepspeed")
 BASE = "base"
+NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+
+OUTSIDE = ("tensorboard", "csv_monitor", "wandb", "comet", "nebula", "autotuning", "flops_profiler.output_file")
+"""Keys of a DeepSpeed configuration that make DeepSpeed write elsewhere than into the run directory."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,20 @@ def outside(block: Stage) -> Iterator[tuple[str, Any]]:
                 yield f"{place}.{number}" if listed else place, item
 
 
+def trusted(block: Stage) -> list[str]:
+    """The models of a block whose own Python code runs (`trust_remote_code`), as the recipe names them."""
+
+    def found(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            if value.get("trust_remote_code") and value.get("model"):
+                yield str(value["model"])
+            value = list(value.values())
+        for inner in value if isinstance(value, list) else []:
+            yield from found(inner)
+
+    return list(dict.fromkeys(found(resolved(block))))
+
+
 def resolved(block: Stage) -> dict[str, Any]:
     """The block as plain data: what the manifest records and what decides whether a stage must run again."""
     return block.model_dump(mode="json", exclude={"deepspeed": {"timeout"}})
@@ -260,7 +279,7 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
 def parse(path: Path) -> dict[str, Any]:
     """A recipe as it is written: a mapping, not checked further."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = plain_yaml.read(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"recipe {path.name}", f"not valid YAML: {reason}", fix="mend that line") from None
@@ -285,10 +304,10 @@ def _override(raw: dict[str, Any], text: str) -> None:
             raise UserError(f"--set {key}", f"{part} is not a block", expected="the dotted path of a key in the recipe")
     try:
         if path[-1:] == ["adapter"] and last == "method":
-            kept = _switched(node, yaml.safe_load(value))
+            kept = _switched(node, plain_yaml.read(value))
             node.clear()
             node.update(kept)
-        node[last] = yaml.safe_load(value)
+        node[last] = plain_yaml.read(value)
     except yaml.YAMLError as error:
         raise UserError(
             f"--set {key}",
@@ -310,8 +329,13 @@ def _switched(adapter: dict[str, Any], method: Any) -> dict[str, Any]:
 
 def _stage(recipe: Recipe, raw: dict[str, Any], stage: str, block: Any) -> Stage:
     where = recipe.where("stages", stage)
-    if stage == BASE or "/" in stage or stage.startswith("."):
-        raise UserError(where, "this name cannot be used for a stage", fix="choose another name")
+    if stage == BASE or not re.fullmatch(NAME, stage):  # it becomes a folder of the run directory
+        raise UserError(
+            where,
+            f"{stage!r} cannot be the name of a stage",
+            expected="letters, digits, `.`, `_` and `-`, a letter, digit or `_` first, and not `base`",
+            fix="choose another name",
+        )
     if not isinstance(block, dict):
         raise UserError(where, f"found {type(block).__name__}", expected="a block with `kind:`")
     kind = block.get("kind")
@@ -365,6 +389,13 @@ def _validate(schema: type[Any], value: Any, where: str, joint: str) -> Any:
                 "unknown key",
                 expected="one of: " + ", ".join(known),
                 fix=closest(keys[-1], known) or "remove it",
+            ) from None
+        if first["type"] == "secret":  # what was found is not shown
+            raise UserError(
+                place,
+                first["msg"],
+                expected="an address without a secret: recipes stand in manifests and in lists of processes",
+                fix="write `key_env: NAME`, the environment variable that holds the token",
             ) from None
         if first["type"] == "missing":
             raise UserError(place, "missing", expected=f"a value for `{keys[-1]}`", fix=f"add `{keys[-1]}:`") from None
@@ -505,6 +536,14 @@ def deepspeed_config(recipe: Recipe, stage: str) -> dict[str, Any]:
         raise UserError(where, f"{path} is not valid JSON: {error}", fix="mend that line") from None
     if not isinstance(config, dict):
         raise UserError(where, f"{path} holds {type(config).__name__}", expected="a JSON object")
+    for key in OUTSIDE:
+        block, _, inner = key.partition(".")
+        if isinstance(found := config.get(block), dict) and (found.get(inner) if inner else found.get("enabled")):
+            raise UserError(
+                where,
+                f"{path} has `{key}`, with which DeepSpeed writes outside the run directory",
+                fix="leave it out; `tracking:` in the recipe says where metrics go",
+            )
     hybrid = config.get("hybrid_engine")
     if isinstance(hybrid, dict) and hybrid.get("enabled"):
         raise UserError(

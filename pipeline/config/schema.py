@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.config.adapter import Adapter
 from pipeline.config.block import Block, Dtype, Fraction, NonNegative, Positive, Seconds
@@ -260,24 +262,43 @@ class FunctionReward(Block):
     weight: float = 1.0
 
 
-Url = Annotated[str, Field(pattern=r"^https?://")]
+SECRET = re.compile(r"(key|token|secret|password|passwd|auth|authorization|sig|signature|credentials?)$", re.IGNORECASE)
+"""Names of parameters of an address that hold what nobody else should see."""
+
+
+def _address(url: str) -> str:
+    if "@" in re.split(r"[/?#]", url.partition("://")[2])[0]:
+        raise PydanticCustomError("secret", "the address has a user or a password in it")
+    try:
+        asked = parse_qsl(urlsplit(url).query, keep_blank_values=True)
+    except ValueError:
+        return url  # `scoring.source.address` says what is wrong with it
+    for name, _ in asked:
+        if SECRET.search(name):
+            raise PydanticCustomError("secret", "the address has a parameter `{name}` in it", {"name": name})
+    return url
+
+
+Url = Annotated[str, Field(pattern=r"^https?://"), AfterValidator(_address)]
 
 
 class Endpoint(Block):
     """How an endpoint is asked: seconds, bytes. A request is tried `1 + retries` times, `backoff` seconds apart and twice as
-    long each time."""
+    long each time. `key_env` names the environment variable with the bearer token that goes with each request."""
 
     timeout: Annotated[float, Field(gt=0.0)] = 30.0
     retries: Annotated[int, Field(ge=0)] = 3
     backoff: NonNegative = 1.0
     max_bytes: Positive = 16_000_000
+    key_env: str | None = None
 
 
 class HttpReward(Endpoint):
     """An endpoint that takes JSON {prompts, responses, rows} and answers {scores}; seconds, bytes, rows per request.
 
     A request is tried `1 + retries` times, `backoff` seconds apart and twice as long each time. When all fail the run stops,
-    or, with `on_failure: skip`, the rollout batch is left out and counted.
+    or, with `on_failure: skip`, the rollout batch is left out and counted. `key_env` names the environment variable with the
+    bearer token that goes with each request.
     """
 
     http: Url

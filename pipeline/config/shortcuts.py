@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.config import plain_yaml
 from pipeline.config.recipe import find, parse
 from pipeline.errors import UserError
 
@@ -66,7 +67,7 @@ def _check_method(recipe: str, stages: dict[str, Any], method: str) -> None:
 def _quoted(value: str) -> str:
     """`value` so that YAML reads back the same text: as it is where it does, else quoted."""
     try:
-        plain = yaml.safe_load(value) == value
+        plain = plain_yaml.read(value) == value
     except yaml.YAMLError:
         plain = False
     return value if plain else json.dumps(value)

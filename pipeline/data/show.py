@@ -174,13 +174,16 @@ def _encoder(model: str) -> Any:
     from pipeline.data.encode import Encoder
 
     try:
-        return Encoder(AutoTokenizer.from_pretrained(model, model_max_length=LONGEST))
+        # Left out, trust_remote_code asks at the terminal whether to run a model's code.
+        options = {"model_max_length": LONGEST, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)  # nosec B615 # to look at rows
     except (OSError, ValueError) as error:
         raise UserError(
             f"--tokenizer {model}",
             f"cannot be loaded: {(str(error).splitlines() or [''])[0]}",
             expected="a folder with a tokenizer, or a model of the hub",
         ) from None
+    return Encoder(tokenizer)
 
 
 def _pieces(tokenizer: Any, ids: list[int], trained: list[bool]) -> Iterator[tuple[str, bool]]:

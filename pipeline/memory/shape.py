@@ -267,7 +267,8 @@ def read(model: str, where: str, configs: Path | None) -> dict[str, Any]:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            folder = Path(hf_hub_download(model, "config.json")).parent
+            file = hf_hub_download(model, "config.json")  # nosec B615 # numbers alone are read
+            folder = Path(file).parent
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
             raise Unknown(
                 where,

@@ -36,7 +36,8 @@ def tokenizer(context: Context, baton: Baton | None) -> Any:
     with a token in training that the parent's published model does not stop on.
     """
     block = context.block
-    tok = load.tokenizer(str(baton.path) if baton else context.base, block.base.revision)
+    told = str(baton.path) if baton else context.base
+    tok = load.tokenizer(told, block.base.revision, trust=block.base.trust_remote_code)
     if baton is None:
         name = template_file(context.recipe, context.stage) or block.base.chat_template
         templates.put(tok, None if name is None else str(name), block.base.add_tokens)
@@ -51,7 +52,8 @@ def _check_stops(tok: Any, baton: Baton) -> None:
     file = baton.path / "generation_config.json"
     if not file.is_file():
         return  # a reward model says nothing
-    stops = load.listed(GenerationConfig.from_pretrained(baton.path).eos_token_id)
+    written = GenerationConfig.from_pretrained(baton.path)  # nosec B615 # a folder
+    stops = load.listed(written.eos_token_id)
     ends = {tok.eos_token_id, *load.turn_ends(tok)} - set(stops)
     if ends:
         raise UserError(

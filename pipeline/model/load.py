@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pickle import UnpicklingError  # nosec B403 # nothing is unpickled
 from typing import Any
 
 import deepspeed
@@ -46,12 +47,14 @@ DROPOUT = (
 ADDED_PAD = "<|relay_pad|>"
 
 
-def tokenizer(model: str, revision: str | None = None) -> Any:
+def tokenizer(model: str, revision: str | None = None, *, trust: bool = False) -> Any:
     """The tokenizer of `model`, with a chat template (its own, else the default one) and a pad token that is not EOS: its own,
-    else an unused special one, else an added one."""
+    else an unused special one, else an added one. `trust` is the recipe's `trust_remote_code` for that model."""
     try:
-        loaded = AutoTokenizer.from_pretrained(model, revision=revision)
+        # Left out, trust_remote_code asks at the terminal whether to run a model's code.
+        loaded = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
+        check_code(model, error)
         raise UserError(
             f"base {model}",
             f"no tokenizer: {str(error).splitlines()[0]}",
@@ -83,6 +86,17 @@ def tokenizer(model: str, revision: str | None = None) -> Any:
         backend.no_padding()
         backend.no_truncation()
     return loaded
+
+
+def check_code(model: str, error: Exception) -> None:
+    """Say what to do about an `error` of transformers that asks for `trust_remote_code`."""
+    if "custom code" in str(error):
+        raise UserError(
+            f"base {model}",
+            "it comes with Python code of its own, which is not run unless the recipe says so",
+            expected="a model that transformers has the code of",
+            fix="read that code; if you trust it, write `trust_remote_code: true` beside `model:`, and the hub's `revision:`",
+        ) from None
 
 
 def causal(base: Base, tok: Any, *, sharded: bool) -> Any:
@@ -136,7 +150,15 @@ def _load(kind: Any, base: Base, sharded: bool, **extra: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=base.trust_remote_code)
         model = kind.from_pretrained(path, config=_without_dropout(config, extra), **options)
+    except UnpicklingError as error:  # of a .bin, which transformers reads by torch.load(weights_only=True)
+        raise UserError(
+            f"base {path}",
+            f"its weights are a pickle that holds more than tensors: {str(error).strip().splitlines()[0]}",
+            expected="safetensors, or a pickle of tensors alone",
+            fix="do not use it unless you trust it; if you do, convert it to safetensors",
+        ) from None
     except (OSError, ValueError, ImportError) as error:
+        check_code(path, error)
         raise UserError(
             f"base {path}",
             f"cannot be loaded: {str(error).splitlines()[0]}",
@@ -260,7 +282,7 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
 
     from pipeline.adapters.bitfit import unwritable_biases
 
-    tok = AutoTokenizer.from_pretrained(str(baton.path))
+    tok = AutoTokenizer.from_pretrained(baton.path, trust_remote_code=base.trust_remote_code)  # nosec B615 # a folder
     record = baton.manifest["base"]
     held = base.model_copy(
         update={

@@ -4,7 +4,6 @@ Zheng et al. 2023, arXiv 2306.05685)."""
 from __future__ import annotations
 
 import json
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,7 +48,7 @@ class Chat:
         self.block, self.url = block, block.chat.rstrip("/") + "/chat/completions"
         self.name = f"chat:{address(self.url, where)}"
         self.question = QUESTION if file is None else _question(file, where)
-        self.headers = {} if block.key_env is None else {"Authorization": f"Bearer {_key(block.key_env, where)}"}
+        self.headers = http.authorization(block, where)
         self.opener = http.opener_for(self.url)
 
     def __call__(self, prompts: list[str], ours: list[str], theirs: list[str]) -> list[tuple[Answer, Answer]]:
@@ -103,10 +102,3 @@ def _question(file: Path, where: str) -> str:
     if missing:
         raise UserError(where, f"{file} has no place for {missing[0]}", expected=" and ".join(PLACES))
     return text
-
-
-def _key(variable: str, where: str) -> str:
-    key = os.environ.get(variable)
-    if not key:
-        raise UserError(where, f"the environment variable {variable} is not set", fix=f"export {variable}=KEY")
-    return key

@@ -28,8 +28,11 @@ class Classifier:
             config = AutoConfig.from_pretrained(
                 base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
             )
-            self.tokenizer = AutoTokenizer.from_pretrained(base.model, revision=base.revision)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
+            )
         except (OSError, ValueError) as error:
+            load.check_code(base.model, error)
             found = f"{base.model} cannot be read: {str(error).splitlines()[0]}"
             raise UserError(where, found, fix="give a hub id or a folder of `save_pretrained`") from None
         if config.num_labels != 1:
@@ -37,7 +40,7 @@ class Classifier:
                 where, f"{base.model} has {config.num_labels} labels", expected="one label: the score of a reward model"
             )
         if self.tokenizer.pad_token_id is None or self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
-            self.tokenizer = load.tokenizer(base.model, base.revision)
+            self.tokenizer = load.tokenizer(base.model, base.revision, trust=base.trust_remote_code)
         self.tokenizer.padding_side, self.tokenizer.truncation_side = "right", "left"
         self.model = load.classifier(base, self.tokenizer, sharded=False).to(device).eval()
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

@@ -37,7 +37,7 @@ def build(source: FunctionReward | HttpReward | VerifyReward, where: str) -> Sou
         return Source(f"function:{source.function}", source.weight, load_function(source.function, where))
     if isinstance(source, HttpReward):
         name = f"http:{address(source.http, where)}"
-        return Source(name, source.weight, http.judge(source, name))
+        return Source(name, source.weight, http.judge(source, name, where))
     name = f"verify:{source.verify}"
     return Source(name, source.weight, verify.judge(source, name))
 

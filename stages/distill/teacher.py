@@ -46,7 +46,8 @@ def _part(context: Context, block: Distill) -> Part:
     if given.stage is not None:
         return speaking(context, None if given.stage == BASE else context.batons[given.stage])
     assert given.model is not None
-    own = {"model": context.recipe.local(given.model), "revision": given.revision, "quantization": given.quantization}
+    own = given.model_dump(include={"revision", "quantization", "trust_remote_code"})
+    own["model"] = context.recipe.local(given.model)
     return Part(block.base.model_copy(update=own | {"dtype": given.dtype or block.base.dtype}))
 
 
@@ -75,9 +76,10 @@ def check_vocabulary(context: Context, given: Teacher, tok: Any) -> None:
     """Refuse a teacher whose token ids mean something else than the student's."""
     if given.stage is not None:
         told = context.base if given.stage == BASE else str(context.batons[given.stage].path)
+        trust = context.block.base.trust_remote_code
     else:
-        told = context.recipe.local(str(given.model))
-    if tokenizer(told, given.revision).get_vocab() != tok.get_vocab():
+        told, trust = context.recipe.local(str(given.model)), given.trust_remote_code
+    if tokenizer(told, given.revision, trust=trust).get_vocab() != tok.get_vocab():
         raise UserError(
             context.recipe.where("stages", context.stage, "teacher"),
             f"the tokenizer of {given.stage or given.model} is not the student's",

@@ -72,7 +72,7 @@ def _run(program: str, limits: Limits, folder: Path) -> Outcome:
         "file": limits.file,
     }
     try:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # nosec B603 # this interpreter, on this package's script
             [sys.executable, "-I", "-S", "-B", str(JAIL)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -26,6 +26,7 @@ def part(context: Context, policy: Policy, tok: Any) -> Part:
     if policy.model is None:
         return speaking(context, baton(context, policy))
     base, model = context.block.base, context.recipe.local(policy.model)
+    base = base.model_copy(update={"trust_remote_code": policy.trust_remote_code})
     folder = handoff.model_folder(model, policy.revision)
     if not (folder / handoff.ADAPTER_CONFIG).is_file():
         found = Part(base.model_copy(update={"model": model, "revision": policy.revision}))
@@ -33,7 +34,8 @@ def part(context: Context, policy: Policy, tok: Any) -> Part:
         config = build.frozen(folder)
         below = {"model": config.base_model_name_or_path, "revision": config.revision}
         found = Part(base.model_copy(update=below), (config, build.read(folder)[0]))
-    if load.tokenizer(str(found.base.model), found.base.revision).get_vocab() != tok.get_vocab():
+    theirs = load.tokenizer(str(found.base.model), found.base.revision, trust=policy.trust_remote_code)
+    if theirs.get_vocab() != tok.get_vocab():
         raise UserError(
             context.recipe.where("stages", context.stage),
             f"{policy.model} has another vocabulary than the models it is tested with",

@@ -174,7 +174,7 @@ def _check_tokenizers(context: Context, tok: Any) -> None:
     for name, baton in context.batons.items():
         if baton.manifest["base"] is None:  # rows
             continue
-        theirs = tokenizer(str(baton.path))
+        theirs = tokenizer(str(baton.path), trust=context.block.base.trust_remote_code)
         if theirs.get_vocab() != tok.get_vocab() or theirs.chat_template != tok.chat_template:
             raise UserError(
                 context.recipe.where("stages", context.stage),

@@ -86,7 +86,11 @@ CASES: dict[str, Case] = {
     "no kind": ({"stages.sft.kind": GONE}, "stages.sft.kind", ["one of: sft, reward, ppo, evaluate"]),
     "misspelt kind": ({"stages.reward.kind": "rewrd"}, "stages.reward.kind", ["found 'rewrd'", "write `reward`"]),
     "name that is no file name": ({"name": "a/b"}, "recipe r.yaml: name", ["found 'a/b'", "match pattern"]),
-    "stage named base": ({"stages.base": {"kind": "sft"}}, "stages.base", ["cannot be used", "choose another name"]),
+    "stage named base": (
+        {"stages.base": {"kind": "sft"}},
+        "stages.base",
+        ["'base' cannot be the name of a stage", "choose another name"],
+    ),
     "stage that is no block": ({"stages.sft": "sft"}, "stages.sft", ["found str", "a block with `kind:`"]),
     "missing upstream": (
         {"stages.ppo.policy": "stf"},

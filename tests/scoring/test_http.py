@@ -125,7 +125,9 @@ def test_timeout(server: Server) -> None:
     server.script = lambda request, asked: (released.wait(5), None)[1]
     started = time.monotonic()
     try:
-        with pytest.raises(SourceUnavailable, match="failed 2 times, at last with TimeoutError: timed out"):
+        with pytest.raises(
+            SourceUnavailable, match=r"failed 2 times, at last with TimeoutError: no whole reply within 0\.2 s"
+        ):
             ask(server.url, timeout=0.2, retries=1)
     finally:
         released.set()
