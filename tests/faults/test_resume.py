@@ -43,7 +43,7 @@ def start(recipe: Path, run: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_step(run: Path, stage: str, step: int, process: subprocess.Popen[str], timeout: float = 120.0) -> None:
+def wait_for_step(run: Path, stage: str, step: int, process: subprocess.Popen[str], timeout: float = 240.0) -> None:
     """Until the stage has logged `step`."""
     limit, metrics = time.monotonic() + timeout, run / stage / "metrics.jsonl"
     while time.monotonic() < limit:
