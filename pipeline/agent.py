@@ -115,7 +115,8 @@ def _born() -> str:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to all processes of a step; `relay run` decides
+    # Slurm sends SIGTERM to every process of a step. It is for the ranks, which save; the launcher would end them after 30 s.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
     line = Line()
     job = line.message()
 

@@ -163,7 +163,7 @@ def of_group(pid: int, group: int) -> bool:
 @pytest.mark.parametrize(
     ("text", "change", "said"),
     [
-        ("127.0.0.1 slots=1\nb slots=1\n", {"num_nodes": 3}, r"num_nodes: 3 hosts wanted\n  expected at most 2"),
+        ("127.0.0.1 slots=1\nb slots=1\n", {"num_nodes": 4}, r"num_nodes: 4 hosts wanted\n  expected at most 2"),
         ("127.0.0.1 slots=1\nb slots=1\n", {"num_gpus": 2}, r"num_gpus: 2 ranks per host wanted; .* gives 127.0.0.1 1"),
         ("127.0.0.1 slots=1\n\n# here\nb\n", {}, r"hostfile, line 4: 'b'\n  expected HOST slots=N"),
         ("b slots=1\nb slots=1\n", {}, r"line 2: .*\n  expected HOST slots=N, each host once"),
