@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -206,7 +207,7 @@ class Job:
         if lost or any(codes):
             self._settled = self._settled or time.monotonic() + SETTLE
         if None not in codes or (self._settled and time.monotonic() > self._settled):
-            self.kill()
+            self._end()
             if codes[0] == EXIT_STOPPED:  # rank 0 has left after all ranks had saved
                 self.returncode = EXIT_STOPPED
             elif lost and not any(codes):
@@ -218,6 +219,10 @@ class Job:
 
     def kill(self) -> None:
         """End the job on every host that can still be reached; the others end it themselves."""
+        self.returncode = -signal.SIGKILL
+        self._end()
+
+    def _end(self) -> None:
         for host in self.hosts:
             if host.process.stdin is not None:
                 host.process.stdin.close()

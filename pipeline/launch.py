@@ -178,8 +178,6 @@ def run(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> int:
     asked: list[float] = []
 
     def ask(signum: int, frame: FrameType | None) -> None:
-        if asked:
-            child.kill()
         asked.append(time.monotonic())
         stop.touch()
 
@@ -187,7 +185,7 @@ def run(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> int:
     try:
         while (code := child.poll()) is None:
             time.sleep(0.2)
-            if asked and time.monotonic() - asked[0] > GRACE_SECONDS:
+            if len(asked) > 1 or (asked and time.monotonic() - asked[0] > GRACE_SECONDS):
                 child.kill()
         return EXIT_STOPPED if asked and code in (0, EXIT_STOPPED) else code
     finally:
