@@ -115,9 +115,11 @@ class Host:
     @property
     def trouble(self) -> str | None:
         """Why this host counts as lost, if it does."""
+        if self.process.poll() is not None:
+            self.listener.join(1.0)  # what it said last may be on its way
         if self.code is not None:
             return None
-        if not self.listener.is_alive():
+        if self.process.poll() is not None or not self.listener.is_alive():
             return "its connection ended"
         silence = time.monotonic() - self.heard
         return f"it has not been heard for {agent.LOST:g} s" if silence > agent.LOST else None

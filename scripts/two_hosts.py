@@ -142,6 +142,12 @@ def stopped(place: TwoHosts, relay: psutil.Process) -> None:
     relay.terminate()
 
 
+def hurried(place: TwoHosts, relay: psutil.Process) -> None:
+    relay.terminate()
+    time.sleep(0.1)
+    relay.terminate()
+
+
 def dead(place: TwoHosts, _: psutil.Process) -> None:
     """All processes of the second host but its sshd, at once."""
     for pid in place.processes(place.names[1]):
@@ -168,6 +174,7 @@ CASES: dict[str, Callable[[Bench], list[str]]] = {
     "rank": struck("the rank on the second host killed", "reward", 12, dead_rank),
     "killed": struck("`relay run` killed", "reward", 12, killed),
     "stopped": struck("SIGTERM to `relay run`", "reward", 12, stopped),
+    "hurried": struck("SIGTERM to `relay run`, twice", "reward", 12, hurried),
     "unreachable": refused("cable cut before the start", lambda place: place.cable(up=False), False),
     "apart": refused("run directory not shared", lambda place: None, True),
 }

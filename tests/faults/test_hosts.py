@@ -161,6 +161,35 @@ def of_group(pid: int, group: int) -> bool:
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        ("exit 0", "sleep 1", 0),
+        ("exit 75", "exit 1", 75),  # rank 0 has left in order: all had saved
+        ("sleep 100", "exit 2", 2),
+        ("sleep 100", "kill -9 $PPID; sleep 100", 3),
+    ],
+)
+def test_the_job_ends_everywhere(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], first: str, second: str, code: int
+) -> None:
+    """Two agents on this machine; the last case kills the second one."""
+    commands = [["sh", "-c", f"echo $$ >> {tmp_path}/pids; {script}"] for script in (first, second)]
+    job = hosts.Job(["127.0.0.1", "127.0.0.2"], lambda node, _: commands[node], dict(os.environ), tmp_path, [])
+    limit = time.monotonic() + 15.0
+    while job.poll() is None:
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    assert job.poll() == code
+    left = [int(pid) for pid in (tmp_path / "pids").read_text().split() if of_group(int(pid), int(pid))]
+    for pid in left:
+        os.killpg(pid, 9)
+    assert len(left) == (1 if code == 3 else 0)  # a plain program does not watch its agent, as ranks do
+    lost = "host 127.0.0.2: its connection ended; the job is ended on 127.0.0.1"
+    assert (lost in capfd.readouterr().err) == (code == 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pids"]
+
+
+@pytest.mark.parametrize(
     ("text", "change", "said"),
     [
         ("127.0.0.1 slots=1\nb slots=1\n", {"num_nodes": 4}, r"num_nodes: 4 hosts wanted\n  expected at most 2"),
