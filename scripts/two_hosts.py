@@ -54,9 +54,10 @@ class Bench:
         place.quiet(10.0)
         found = re.search(r"interrupted; resumes from step \d+", (run / "again.log").read_text())
         resumed = f", {found[0].partition('; ')[2]}" if found else ""
-        found_files = published(run)
-        expected = {name: value for name, value in self.expected.items() if name.split("/")[0] in wanted(found_files)}
-        same = "identical" if found_files == expected and stage in wanted(found_files) else "DIFFERENT"
+        ours = published(run)
+        stages = {name.partition("/")[0] for name in ours}
+        expected = {name: value for name, value in self.expected.items() if name.partition("/")[0] in stages}
+        same = "identical" if stage in stages and ours == expected else "DIFFERENT"
         return f"{same}{resumed}" if code == 0 else f"FAILED with {code}"
 
 
@@ -68,11 +69,6 @@ def published(run: Path) -> dict[str, str]:
         for file in sorted((run / stage / "output").glob("*"))
         if file.name != "manifest.json"
     }
-
-
-def wanted(files: dict[str, str]) -> set[str]:
-    """The stages that files belong to."""
-    return {name.split("/")[0] for name in files}
 
 
 def undisturbed(bench: Bench) -> list[str]:
