@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import lifeline
+from pipeline import hosts, lifeline
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe
 from pipeline.errors import EXIT_STOPPED, UserError
@@ -28,12 +28,22 @@ PORTS = range(20000, 32768)
 """Below the ports that Linux gives to outgoing connections, so that none of those takes one before the ranks listen on it."""
 
 
-def command(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str], port: int | None = None) -> list[str]:
-    """The `deepspeed` command of a stage; the same one a user types by hand (there without a port)."""
+def command(
+    recipe: Recipe,
+    stage: str,
+    run_dir: Path,
+    overrides: list[str],
+    port: int | None = None,
+    node: tuple[int, str] | None = None,
+) -> list[str]:
+    """The `deepspeed` command of a stage; the same one a user types by hand (there without a port). `node`: only the part
+    of this host, by its number in the hostfile and the first host's address."""
     block = recipe.stages[stage]
     place = block.deepspeed
-    hosts = ["--hostfile", place.hostfile, "--num_nodes", str(place.num_nodes)] if place.hostfile else []
-    line = [_deepspeed(), *hosts, "--num_gpus", str(place.num_gpus)]
+    where = ["--hostfile", recipe.local(place.hostfile), "--num_nodes", str(place.num_nodes)] if place.hostfile else []
+    if node is not None:
+        where += ["--no_ssh", "--node_rank", str(node[0]), "--master_addr", node[1]]
+    line = [_deepspeed(), *where, "--num_gpus", str(place.num_gpus)]
     if port is not None:
         line += ["--master_port", str(port), "--log_level", "critical"]
     held = ["--lock-held"] if port is not None else []
@@ -75,9 +85,10 @@ def devices() -> int | None:
 
 
 def check_devices(recipe: Recipe, stage: str) -> None:
-    """Refuse a stage that wants more GPUs than this host has. CPU ranks may share cores."""
+    """Refuse a stage that wants hosts that are not listed, or more GPUs than this host has. CPU ranks may share cores."""
+    hosts.read(recipe, stage)
     place, have = recipe.stages[stage].deepspeed, devices()
-    if place.hostfile is None and have is not None and place.num_gpus > have:
+    if have is not None and place.num_gpus > have:
         raise UserError(
             recipe.where("stages", stage, "deepspeed", "num_gpus"),
             f"{place.num_gpus} GPUs wanted",
@@ -134,6 +145,27 @@ def ended(code: int) -> str:
     return f"a process of the job was ended by {signal.Signals(number).name}{cause}"
 
 
+class Launcher(subprocess.Popen[bytes]):
+    """The `deepspeed` command on this host, in a session of its own; killed with all that it started."""
+
+    def kill(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)
+
+
+def _start(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> Launcher | hosts.Job:
+    names, port = hosts.read(recipe, stage), free_port()
+    if not names:
+        return Launcher(command(recipe, stage, run_dir, overrides, port), env=environment(), start_new_session=True)
+    print(f"{stage}  on {', '.join(names)}", flush=True)
+    return hosts.Job(
+        names,
+        lambda node, address: command(recipe, stage, run_dir, overrides, port, (node, address)),
+        environment(),
+        run_dir,
+        hosts.paths(recipe, stage),
+    )
+
+
 def run(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> int:
     """Run a stage under the launcher; its exit code, or 75 when SIGTERM or SIGINT asked it to save and stop.
 
@@ -143,26 +175,23 @@ def run(recipe: Recipe, stage: str, run_dir: Path, overrides: list[str]) -> int:
     stop = run_dir / stage / STOP_FILE
     stop.unlink(missing_ok=True)
     stop.parent.mkdir(parents=True, exist_ok=True)
-    line, env = command(recipe, stage, run_dir, overrides, free_port()), environment()
-    child = subprocess.Popen(line, env=env, start_new_session=True)  # nosec B603 # the user's own command
+    child = _start(recipe, stage, run_dir, overrides)
     asked: list[float] = []
 
     def ask(signum: int, frame: FrameType | None) -> None:
-        if asked:
-            os.killpg(child.pid, signal.SIGKILL)
         asked.append(time.monotonic())
         stop.touch()
 
     previous: dict[int, Any] = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        while child.poll() is None:
+        while (code := child.poll()) is None:
             time.sleep(0.2)
-            if asked and time.monotonic() - asked[0] > GRACE_SECONDS:
-                os.killpg(child.pid, signal.SIGKILL)
-        return EXIT_STOPPED if asked and child.returncode in (0, EXIT_STOPPED) else child.returncode
+            if len(asked) > 1 or (asked and time.monotonic() - asked[0] > GRACE_SECONDS):
+                child.kill()
+        return EXIT_STOPPED if asked and code in (0, EXIT_STOPPED) else code
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         stop.unlink(missing_ok=True)
         if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
+            child.kill()

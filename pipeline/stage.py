@@ -292,6 +292,7 @@ def execute(
         context = Context(recipe, stage, run_dir, rank, world_size, record, batons)
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, context.note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # held back until here where an agent started it
         if rank == 0:
             _claim_checkpoints(context.dir, chain.key(record))
         with watchdog(context.block.deepspeed.timeout, rank, world_size):

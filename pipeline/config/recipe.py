@@ -221,8 +221,11 @@ def trusted(block: Stage) -> list[str]:
 
 
 def resolved(block: Stage) -> dict[str, Any]:
-    """The block as plain data: what the manifest records and what decides whether a stage must run again."""
-    return block.model_dump(mode="json", exclude={"deepspeed": {"timeout"}})
+    """The block as plain data: what the manifest records and what decides whether a stage must run again. The number of ranks
+    counts, not the hosts that they lie on."""
+    value = block.model_dump(mode="json", exclude={"deepspeed": {"timeout"}})
+    value["deepspeed"] |= {"num_gpus": block.deepspeed.ranks, "num_nodes": 1, "hostfile": None}
+    return value
 
 
 def digest(value: Any) -> str:
