@@ -88,6 +88,13 @@ def key(record: dict[str, Any]) -> str:
     return digest(record)[:12]
 
 
+def work(record: dict[str, Any]) -> str:
+    """A short name of what an `inputs` record computes, however many devices share it: ranks, DeepSpeed configuration and
+    micro-batch are left out. A training that was interrupted goes on under another of these sizes."""
+    block = {name: value for name, value in record["block"].items() if name not in ("deepspeed", "micro_batch")}
+    return key({**record, "block": block, "deepspeed": None})
+
+
 def state(recipe: Recipe, stage: str, run_dir: Path) -> State:
     """Whether `stage` must run, and why."""
     manifest = handoff.read_manifest(run_dir / stage)

@@ -50,6 +50,18 @@ def facts(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / MARKER).read_text(encoding="utf-8")))
 
 
+def sizes(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sizes under which a training that resumes `folder` has run, each with the step it began at; the last is `now`."""
+    past = facts(folder).get("sizes") or [{"from_step": 0, **now}]
+    return [*past, {"from_step": step_of(folder), **now}] if resized(folder, now) else list(past)
+
+
+def resized(folder: Path, now: dict[str, Any]) -> bool:
+    """Whether `folder` was saved under another size than `now`."""
+    past = facts(folder).get("sizes") or [now]
+    return not past[-1].items() >= now.items()
+
+
 def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 

@@ -27,7 +27,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
-from pipeline import checkpoint, gradients
+from pipeline import checkpoint, gradients, resize
 from pipeline.config.schema import Dtype, Schedule
 from pipeline.errors import Trouble, UserError
 from pipeline.extensions import free_builds
@@ -335,11 +335,16 @@ def forward_only(module: torch.nn.Module, config: dict[str, Any]) -> Iterator[An
 
 
 def save(
-    engine: Any, checkpoints: Path, step: int, state: dict[str, Any], write: Callable[[Path], None] | None = None
+    engine: Any,
+    checkpoints: Path,
+    step: int,
+    state: dict[str, Any],
+    sizes: list[dict[str, Any]],
+    write: Callable[[Path], None] | None = None,
 ) -> Path:
     """Save engine, random generators and `state` as `step-N`: beside, completed, renamed. Collective.
 
-    `write` adds files of its own to the folder, on rank 0.
+    `sizes` are those the training has had; `write` adds files of its own to the folder, on rank 0.
     """
     folder, fresh = checkpoints / f"step-{step}", checkpoints / f"step-{step}.writing"
     rank = dist.get_rank()
@@ -354,21 +359,33 @@ def save(
         if write is not None:
             write(fresh)
         (fresh / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
-        checkpoint.complete(fresh, {"step": step})
+        checkpoint.complete(fresh, {"step": step, "sizes": sizes})
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(fresh, folder)
     dist.barrier()
     return folder
 
 
-def resume(engine: Any, folder: Path) -> dict[str, Any]:
-    """Load what `save` wrote into a freshly built engine of the same shape; returns the state.
+def resume(engine: Any, folder: Path, size: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Load what `save` wrote into an engine of the same model under `size`; returns the state.
 
     DeepSpeed unpickles its files: `checkpoint.damage` must have found none in `folder`.
     """
-    engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-    _set_random_state(torch.load(folder / f"random-{dist.get_rank()}.pt", weights_only=True))
+    random_state = folder / f"random-{dist.get_rank()}.pt"
+    if checkpoint.resized(folder, size):
+        resize.load(engine, folder / "engine")
+    else:
+        engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+    if random_state.exists():
+        _set_random_state(torch.load(random_state, weights_only=True))
+    else:
+        seed_new_rank(seed, checkpoint.step_of(folder))
     return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def seed_new_rank(seed: int, step: int) -> None:
+    """Seed a rank that has no part in the checkpoint of `step`: the same whenever that is resumed."""
+    seed_all(int(np.random.SeedSequence([seed % 2**32, step, dist.get_rank()]).generate_state(1)[0]))
 
 
 def _random_state() -> dict[str, Any]:

@@ -39,7 +39,7 @@ def add(parameter: Any, extra: Tensor) -> None:
     mapping = getattr(parameter, "_hp_mapping", None)
     if hasattr(parameter, "ds_id"):
         own = safe_get_local_grad(parameter)
-        safe_set_local_grad(parameter, own + _own_part(parameter, extra).to(own))
+        safe_set_local_grad(parameter, own + own_part(parameter, extra).to(own))
     elif getattr(parameter, "_hp_grad", None) is not None:
         # ZeRO-1 of bf16 weights with float32 accumulation: whole on every rank.
         parameter._hp_grad.add_(extra.reshape(parameter._hp_grad.shape))
@@ -83,7 +83,7 @@ def drop(engine: Any, dropped: dict[Any, Tensor]) -> None:
         for parameter, where in dropped.items():
             mapping = getattr(parameter, "_hp_mapping", None)
             if hasattr(parameter, "ds_id"):
-                own = _own_part(parameter, where)
+                own = own_part(parameter, where)
                 parameter.ds_tensor.masked_fill_(own, 0.0)
                 master = safe_get_local_fp32_param(parameter)
                 safe_set_local_fp32_param(parameter, master.masked_fill(own.to(master.device), 0.0))
@@ -112,9 +112,13 @@ def shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _own_part(parameter: Any, value: Tensor) -> Tensor:
+def own_part(parameter: Any, value: Tensor) -> Tensor:
     """This rank's part, flat, of a whole value of a parameter under ZeRO-3; the last ones are padded with zeros."""
-    size = parameter.ds_tensor.numel()
-    rank, ranks = dist.get_rank(parameter.ds_process_group), dist.get_world_size(parameter.ds_process_group)
+    size, ranks = parameter.ds_tensor.numel(), dist.get_world_size(parameter.ds_process_group)
     padded = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
-    return padded.narrow(0, rank * size, size).to(parameter.ds_tensor.device)
+    return padded.narrow(0, rank_of(parameter) * size, size).to(parameter.ds_tensor.device)
+
+
+def rank_of(parameter: Any) -> int:
+    """This rank among those that share a parameter under ZeRO-3."""
+    return dist.get_rank(parameter.ds_process_group)

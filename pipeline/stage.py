@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import chain, faults, handoff
+from pipeline import chain, checkpoint, faults, handoff
 from pipeline.config.kinds import DATA
 from pipeline.config.recipe import BASE, Recipe, elsewhere, load, trusted
 from pipeline.config.schema import Stage
@@ -54,7 +54,35 @@ class Context:
     inputs: dict[str, Any]
     batons: dict[str, Baton]
     began: float = field(default_factory=time.time)
+    sizes: list[dict[str, Any]] = field(default_factory=list)
     _signalled: bool = False
+
+    def __post_init__(self) -> None:
+        self.sizes = [{"from_step": 0, **self.size}]
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """How the work is laid over devices: what a resume may change."""
+        place = self.block.deepspeed
+        return {
+            "ranks": self.world_size,
+            "config": Path(place.config).stem,
+            "config_hash": self.inputs.get("deepspeed"),  # of a file of the user's own
+            "micro_batch": getattr(self.block, "micro_batch", None),
+        }
+
+    def resumes(self, folder: Path) -> None:
+        """Take over the record of sizes that `folder` holds, and say so when it was saved under another one."""
+        self.sizes = checkpoint.sizes(folder, self.size)
+        if checkpoint.resized(folder, self.size) and self.is_main:
+            before, now = (
+                f"{size['ranks']} rank{'s' * (size['ranks'] > 1)} under {size['config']}" for size in self.sizes[-2:]
+            )
+            print(
+                f"{self.stage}  resumes step {checkpoint.step_of(folder)}, saved by {before}, on {now}; the result is not "
+                "the undisturbed run's to the last bit",
+                flush=True,
+            )
 
     @property
     def block(self) -> Stage:
@@ -155,6 +183,7 @@ class Context:
             "zero_stage": zero_stage,
             "versions": {name: version(name) for name in LIBRARIES},
             "metrics": {name: float(value) for name, value in sorted(metrics.items())},
+            **({"sizes": self.sizes} if len(self.sizes) > 1 else {}),
         }
         baton = handoff.publish(self.dir, write, facts)
         handoff.write_json(
@@ -294,17 +323,22 @@ def execute(
             signal.signal(signum, context.note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # held back until here where an agent started it
         if rank == 0:
-            _claim_checkpoints(context.dir, chain.key(record))
+            _claim_checkpoints(context.dir, chain.key(record), chain.work(record))
         with watchdog(context.block.deepspeed.timeout, rank, world_size):
             program(context)
 
 
-def _claim_checkpoints(stage_dir: Path, key: str) -> None:
-    """Keep only checkpoints of the same work in `checkpoints`; those of other work are set aside under their own key."""
+def _claim_checkpoints(stage_dir: Path, key: str, work: str) -> None:
+    """Keep only checkpoints of the same work in `checkpoints`; those of other work are set aside under their own key.
+
+    An interrupted training of the same work under another size is gone on with; one that was published is not.
+    """
     current = stage_dir / "checkpoints"
     owner = current / "inputs_hash"
-    found = owner.read_text(encoding="utf-8") if owner.exists() else None
-    if found != key:
+    found, *theirs = owner.read_text(encoding="utf-8").split() if owner.exists() else [None]
+    published = (handoff.read_manifest(stage_dir) or {}).get("inputs_hash")
+    finished = found == published and not (stage_dir / chain.REDO).exists()
+    if found != key and (theirs != [work] or finished):
         if current.exists():
             for record in RECORDS:
                 if (stage_dir / record).exists():
@@ -317,4 +351,4 @@ def _claim_checkpoints(stage_dir: Path, key: str) -> None:
                 if (current / record).exists():
                     os.rename(current / record, stage_dir / record)
     current.mkdir(parents=True, exist_ok=True)
-    owner.write_text(key, encoding="utf-8")
+    owner.write_text(f"{key} {work}", encoding="utf-8")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import transformers.trainer
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -20,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pipeline import checkpoint, engine
+from pipeline import checkpoint, engine, resize
 from pipeline.adapters import lora_plus
 from pipeline.adapters.adalora import Allocation
 from pipeline.config.recipe import deepspeed_config
@@ -140,6 +142,8 @@ def ready(
     allocation = Allocation(model) if context.block.adapter.method == "adalora" else None
     engine.fit_buckets(arguments.hf_deepspeed_config.config, model)
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
+    if resume:
+        context.resumes(resume)
     return Ready(model, base, zero, allocation, resume)
 
 
@@ -169,17 +173,39 @@ def train(context: Context, trainer: Any, start: Ready) -> None:
         load_best()
 
     trainer._load_best_model = load_undamaged
-    try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    except Finished:
-        if trainer.args.load_best_model_at_end:
-            trainer._load_best_model()
+    with loading_any_size(context):
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except Finished:
+            if trainer.args.load_best_model_at_end:
+                trainer._load_best_model()
     if bridge.stopped:
         raise Stopped
     if bridge.allocation is not None:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             bridge.allocation.load(Path(trainer.state.best_model_checkpoint))
         bridge.allocation.publish()
+
+
+@contextmanager
+def loading_any_size(context: Context) -> Iterator[None]:
+    """Meanwhile transformers loads checkpoints, the newest and the best one, whichever size saved them."""
+    usual = transformers.trainer.deepspeed_load_checkpoint
+
+    def load(started: Any, path: str, **options: Any) -> None:
+        folder = Path(path)
+        if not checkpoint.resized(folder, context.size):
+            usual(started, path, **options)
+            return
+        resize.load(started, folder / (folder / "latest").read_text(encoding="utf-8").strip())
+        # Ranks that saved a generator's state load it later.
+        engine.seed_new_rank(context.block.seed, checkpoint.step_of(folder))
+
+    transformers.trainer.deepspeed_load_checkpoint = load
+    try:
+        yield
+    finally:
+        transformers.trainer.deepspeed_load_checkpoint = usual
 
 
 def publish(
@@ -252,6 +278,7 @@ class Bridge(TrainerCallback):
             folder = self.context.checkpoints / f"checkpoint-{state.global_step}"
             if self.allocation is not None:
                 self.allocation.save(folder)
-            checkpoint.complete(folder, {"step": state.global_step, "finished": finished})
+            facts = {"step": state.global_step, "finished": finished, "sizes": self.context.sizes}
+            checkpoint.complete(folder, facts)
             checkpoint.rotate(self.context.checkpoints, self.keep, best)
         dist.barrier()

@@ -61,6 +61,7 @@ def ppo(context: Context) -> None:
     loop = setup.loop
     resume = engine.agreed(checkpoint.newest(context.checkpoints) if context.is_main else None)
     if resume:
+        context.resumes(resume)
         loop.resume(resume)
 
     with context.tracker(block.steps, loop.step) as tracker:
@@ -156,7 +157,7 @@ def copies(context: Context, block: Ppo, roles: Roles) -> bool:
     if torch.cuda.is_available():
         where = replace(where, bytes=float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory))
     newest = checkpoint.newest(context.checkpoints)
-    if newest is not None:
+    if newest is not None and not checkpoint.resized(newest, context.size):
         return bool(json.loads((newest / "state.json").read_text(encoding="utf-8")).get("copies", False))
     try:
         memory.check_rollout(context.recipe, context.stage, where)

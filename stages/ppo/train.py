@@ -311,7 +311,7 @@ class Loop:
             "running_scores": self.running.state() if self.running else None,
             "signals": self.watch.state(),
         }
-        engine.save(self.engine, self.context.checkpoints, self.step, state, self._write)
+        engine.save(self.engine, self.context.checkpoints, self.step, state, self.context.sizes, self._write)
         if self.context.is_main:
             kept = [self.best_step] if self.block.publish == "best" else []
             if (since := self.watch.suspect_since()) is not None:
@@ -329,7 +329,7 @@ class Loop:
         return [*self.update.allocations.values(), *([self.ema] if self.ema else [])]
 
     def resume(self, folder: Path) -> None:
-        state = engine.resume(self.engine, folder)
+        state = engine.resume(self.engine, folder, self.context.size, self.block.seed)
         self.step, self.skipped, self.kl.coef = state["step"], state["skipped"], state["kl_coef"]
         self.best, self.best_step, self.stale = state["best"], state["best_step"], state["stale"]
         self.running = RunningScores(**state["running_scores"]) if state["running_scores"] else None
