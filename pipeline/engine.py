@@ -87,9 +87,11 @@ def _without_auto(value: Any) -> Any:
     return value
 
 
-def start(seed: int) -> torch.device:
+def start(seed: int, deterministic: bool = False) -> torch.device:
     """Join the process group, seed this rank, and return its device. On the CPU all arithmetic is deterministic."""
     _quiet()
+    if deterministic or get_accelerator().device_name() == "cpu":
+        repeat_bits()
     if not dist.is_initialized():
         if get_accelerator().device_name() != "cpu":
             get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -102,11 +104,17 @@ def start(seed: int) -> torch.device:
             timeout=timedelta(days=1),  # the watchdog's limit is the recipe's, and it says which rank hangs
         )
         _release_shared_buffer()
-    if get_accelerator().device_name() == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     seed_all(seed)
     return device()
+
+
+def repeat_bits() -> None:
+    """From now on the same inputs give the same bits. An operation that has no such form is warned of, and runs."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def device() -> torch.device:

@@ -6,7 +6,7 @@ DeepSpeed's own `safe_set_full_*` fail under ZeRO-3 for a parameter whose size i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,10 +20,50 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from pipeline.errors import Trouble
+
 
 def loss_scale(engine: Any) -> float:
     """What gradients are multiplied by until the optimizer's step: 1 except in fp16."""
     return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
+class LossScale:
+    """Watches the loss scale of fp16 around each optimizer step: DeepSpeed leaves a step out when a gradient overflows, and
+    lowers the scale; at the smallest it would end with a bare exception."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def before_step(self) -> None:
+        scaler = self.engine.optimizer.loss_scaler  # another object after a resume
+        scaler.raise_error_at_min_scale = False
+        self.at_minimum = scaler.dynamic and scaler.cur_scale <= scaler.min_scale
+
+    def after_step(self) -> None:
+        """Raises Trouble, on every rank, for a step that overflowed although the scale could get no smaller."""
+        if self.at_minimum and not self.engine.was_step_applied():
+            raise Trouble(
+                f"a gradient overflows in fp16 with the loss scale at its minimum, {loss_scale(self.engine):g}; "
+                f"{self.engine.skipped_steps} steps were left out\n  fix: write `dtype: bf16` under `base`, or lower `lr`"
+            )
+
+    def metrics(self) -> dict[str, float]:
+        return {"loss_scale": loss_scale(self.engine), "skipped_steps": float(self.engine.skipped_steps)}
+
+
+def stop_on_not_finite(engine: Any, stop: Callable[[str], None]) -> None:
+    """Call `stop`, on every rank and before any weight moves, when a gradient of `engine` is not finite."""
+
+    def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.tensor(float(all(bool(grad.isfinite().all()) for grad in grads)), device=engine.device)
+        if engine.zero_optimization_stage() > 0 and dist.get_world_size() > 1:  # each rank steps its own part
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite:
+            stop("a gradient is not finite")
+
+    engine.basic_optimizer.register_step_pre_hook(check)
 
 
 def whole(parameter: nn.Parameter) -> Tensor:

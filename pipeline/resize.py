@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from pipeline import gradients
 from pipeline.errors import UserError
 
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter")
-"""What the loss scalers of fp16 have in common, with and without ZeRO."""
-
 
 @dataclass(frozen=True)
 class Part:
@@ -93,12 +90,6 @@ class Saved:
     def groups(self) -> list[dict[str, Any]]:
         """Learning rates and what else the optimizer keeps for each of its groups."""
         return list(_optimizer(self.shards[0])["param_groups"])
-
-    def scaler(self) -> dict[str, Any]:
-        """The state of fp16's loss scale; empty in other dtypes."""
-        holder = self.shards[0].get("loss_scaler")
-        known = self.shards[0] if holder is None else vars(holder)
-        return {name: known[name] for name in SCALER if name in known}
 
     def weights(self, name: str) -> Tensor:
         """A parameter's float32 weights, flat."""
@@ -195,10 +186,8 @@ def _go_on(engine: Any, saved: Saved) -> None:
         group.update({key: value for key, value in before.items() if key != "params"})
     if engine.lr_scheduler is not None and saved.model["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(saved.model["lr_scheduler"])
-    scaler = getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
-    for name, value in saved.scaler().items():
-        if hasattr(scaler, name):
-            setattr(scaler, name, value)
+    if (scaler := saved.shards[0].get("loss_scaler")) is not None and hasattr(engine.optimizer, "loss_scaler"):
+        engine.optimizer.loss_scaler = scaler
     for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, name, saved.model[name])
     for name, buffer in engine.module.named_buffers():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from pipeline import checkpoint, engine, resize
+from pipeline import checkpoint, engine, gradients, resize
 from pipeline.adapters import lora_plus
 from pipeline.adapters.adalora import Allocation
 from pipeline.config.recipe import deepspeed_config
 from pipeline.config.recipe import split as split_batch
 from pipeline.config.schema import Supervised
 from pipeline.data.split import Counts
-from pipeline.errors import UserError
+from pipeline.errors import Trouble, UserError
 from pipeline.handoff import Baton
 from pipeline.model import begin
 from pipeline.stage import Context, Stopped
@@ -234,6 +234,7 @@ class Bridge(TrainerCallback):
     def __init__(self, context: Context, keep: int, tracker: Tracker, allocation: Allocation | None) -> None:
         self.context, self.keep, self.tracker, self.stopped = context, keep, tracker, False
         self.allocation = allocation
+        self.scale: gradients.LossScale | None = None
         self._tokens = (0.0, time.monotonic())
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -243,6 +244,21 @@ class Bridge(TrainerCallback):
             raise Finished
         if self.allocation is not None:
             self.allocation.follow(self.engine(), lambda: state.global_step)
+        gradients.stop_on_not_finite(self.engine(), lambda reason: self.fail(state.global_step + 1, reason))
+        if args.fp16:
+            self.scale = gradients.LossScale(self.engine())
+
+    def fail(self, step: int, reason: str) -> NoReturn:
+        """Raise Trouble. Every rank calls it with the same reason."""
+        raise Trouble(
+            f"stage {self.context.stage}, step {step}: {reason}\n"
+            "  nothing is saved of it: the last good checkpoint is kept, and the same command goes on from it; to change what "
+            "led here (data, a smaller `lr`, `max_grad_norm`, `dtype`) is other work and starts anew"
+        )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.scale is not None:
+            self.scale.before_step()
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         progress()
@@ -250,6 +266,13 @@ class Bridge(TrainerCallback):
     on_prediction_step = on_substep_end
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.scale is not None:
+            try:
+                self.scale.after_step()
+            except Trouble as reason:
+                self.fail(state.global_step, str(reason))
+        elif not self.engine().was_step_applied():  # left out, as some configurations ask for; it would not mend
+            self.fail(state.global_step, "a gradient is not finite")
         if self.context.stop_requested() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
@@ -260,6 +283,9 @@ class Bridge(TrainerCallback):
             k: float(v) for k, v in logs.items() if isinstance(v, int | float) and not any(h in k for h in HIDDEN)
         }
         metrics.pop("train_loss", None)
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(metrics.get(name, 0.0)):
+                self.fail(state.global_step, f"the {name} is {metrics[name]:g}")
         if "num_tokens" in metrics and "loss" in metrics:
             seen, now = self._tokens
             if metrics["num_tokens"] > seen:
@@ -267,6 +293,8 @@ class Bridge(TrainerCallback):
             self._tokens = (metrics["num_tokens"], time.monotonic())
         if "loss" in metrics and self.allocation is not None:
             metrics |= self.allocation.metrics()
+        if "loss" in metrics and self.scale is not None:
+            metrics |= self.scale.metrics()
         if metrics:
             self.tracker.log(state.global_step, metrics)
 

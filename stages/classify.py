@@ -34,7 +34,7 @@ PREDICTIONS = "predictions.jsonl"
 def classify(context: Context) -> None:
     """Sequence classifier on a task of GLUE or SuperGLUE."""
     block, parent = cast(Classify, context.block), context.parent("init")
-    engine.start(block.seed)
+    engine.start(block.seed, context.recipe.header.deterministic)
 
     task = TASKS[block.task]
     tok = begin.tokenizer(context, parent)

@@ -36,7 +36,7 @@ BEFORE = "before.json"
 def pretrain(context: Context) -> None:
     """Continued pre-training on plain text."""
     block, parent = cast(Pretrain, context.block), context.parent("init")
-    engine.start(block.seed)
+    engine.start(block.seed, context.recipe.header.deterministic)
 
     tok = begin.tokenizer(context, parent)
     domain = pieces(context, documents(context, tok), block.max_length)

@@ -26,7 +26,7 @@ from pipeline.stage import Context, main
 def reward(context: Context) -> None:
     """Pairwise reward model."""
     block, parent = cast(Reward, context.block), context.parent("init")
-    engine.start(block.seed)
+    engine.start(block.seed, context.recipe.header.deterministic)
 
     tok = begin.tokenizer(context, parent)
     data = preferences(context, tok, block.max_length)

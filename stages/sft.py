@@ -27,7 +27,7 @@ from stages.packed_trainer import PackedTrainer
 def sft(context: Context) -> None:
     """Supervised fine-tuning."""
     block, parent = cast(Sft, context.block), context.parent("init")
-    engine.start(block.seed)
+    engine.start(block.seed, context.recipe.header.deterministic)
 
     tok = begin.tokenizer(context, parent)
     data = demonstrations(context, tok, block.max_length, block.loss_on)

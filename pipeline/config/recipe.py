@@ -554,6 +554,13 @@ def deepspeed_config(recipe: Recipe, stage: str) -> dict[str, Any]:
             f"{path} enables hybrid_engine, whose kernels generate without PEFT's adapters and for one model per engine",
             fix="leave hybrid_engine out; `sampling.engine` says how replies are sampled",
         )
+    block, zero = recipe.stages[stage], config.get("zero_optimization", {})
+    if isinstance(block, Supervised | Ppo) and block.base.dtype == "fp16" and not zero.get("stage"):
+        raise UserError(
+            where,
+            "trains in fp16 without ZeRO, where DeepSpeed divides gradients by a loss scale that no loss was multiplied by",
+            fix="use zero1, or `dtype: bf16` under `base`",
+        )
     return config
 
 

@@ -538,7 +538,11 @@ class Ppo(Stage, Training):
 
 
 class Header(Block):
-    """The recipe's top level, apart from its stages."""
+    """The recipe's top level, apart from its stages.
+
+    `deterministic` asks GPUs for the same bits every time, which is slower; on CPUs it is always so. It is no part of the
+    work: what is published under the other value stays up to date.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     base: Base
@@ -547,3 +551,4 @@ class Header(Block):
     data: DataRules = DataRules()
     tracking: Tracking = Tracking()
     seed: int = 0
+    deterministic: bool = False

@@ -29,7 +29,7 @@ from stages.distill.training import Distillation
 def distill(context: Context) -> None:
     """Distillation."""
     block, parent = cast(Distill, context.block), context.parent("init")
-    device = engine.start(block.seed)
+    device = engine.start(block.seed, context.recipe.header.deterministic)
 
     tok = begin.tokenizer(context, parent)
     longest_prompt = block.sampling.max_prompt_length if block.lmbda else None

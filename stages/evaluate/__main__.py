@@ -27,7 +27,7 @@ TRACKED = 32
 def evaluate(context: Context) -> None:
     """Test what the run made."""
     block = cast(Evaluate, context.block)
-    device = engine.start(block.seed)
+    device = engine.start(block.seed, context.recipe.header.deterministic)
 
     found = []
     if block.prompts:

@@ -97,7 +97,7 @@ def ppo(context: Context) -> None:
 
 def prepare(context: Context, block: Ppo) -> Setup:
     """Data, roles, optimizer and engine, as the recipe says and before any training."""
-    engine.start(block.seed)
+    engine.start(block.seed, context.recipe.header.deterministic)
     parent = context.parent("policy")
     tok = begin.tokenizer(context, parent)
     _check_tokenizers(context, tok)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline import engine
+from pipeline import engine, gradients
 from pipeline.adapters.adalora import Allocation
 from pipeline.config.schema import Ppo, Schedule
 from pipeline.errors import Trouble
@@ -55,6 +55,7 @@ class Updater:
         self.rows, self.budget = micro_batch(block, self.world)
         self.mixed_rows = max(1, self.budget // block.ptx.max_length) if block.ptx else 0
         self.critic = estimator.critic
+        self.scale = gradients.LossScale(self.engine) if block.base.dtype == "fp16" else None
         # ZeRO 1 to 3 want every parameter's gradient in a minibatch's first backward pass: later ones add to what lies there.
         apart = self.critic and block.critic.kind != "head" and self.engine.zero_optimization_stage() == 0
         self.turns = 2 if apart else 1
@@ -96,6 +97,8 @@ class Updater:
         tokens = float(batch.mask[chosen].sum())
         lengths = (batch.prompt_lengths + batch.lengths)[chosen]
         mixed, targets = self.ptx.parts(number, self.rank, self.world, self.mixed_rows) if self.ptx else ([], 1)
+        if self.scale is not None:
+            self.scale.before_step()
         parts = dealt(lengths, self.rank, self.world, self.budget)
         for place, index in enumerate(parts, start=1):
             for turn, (loss, found) in enumerate(self.losses(batch.rows(chosen[index]), tokens, kl_coef), start=1):
@@ -109,7 +112,9 @@ class Updater:
             sums[-2] += float(supervised.detach())
         sums[-1] = targets / self.world
         # In fp16 a step that is left out lowers the loss scale; in other dtypes nothing would mend.
-        if self.block.base.dtype != "fp16" and self.clipping.steps == before:
+        if self.scale is not None:
+            self.scale.after_step()
+        elif self.clipping.steps == before:
             raise Trouble("a gradient is not finite")
         return sums
 
@@ -189,6 +194,7 @@ class Updater:
             "perf/padding_share": 1.0 - filled / cells,
             **{f"lr/{g['name']}": float(g["lr"]) for g in self.engine.optimizer.param_groups},
             **{f"grad_norm/{name}": norm for name, norm in self.clipping.norms.items()},
+            **(self.scale.metrics() if self.scale else {}),
             **{f"{k}/{role}": v for role, ranks in self.allocations.items() for k, v in ranks.metrics().items()},
         }
 

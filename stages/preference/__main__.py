@@ -35,7 +35,7 @@ def preference(context: Context) -> None:
     """Preference optimisation without a reward model: DPO and its kin on pairs, KTO on labelled replies."""
     block, parent = cast(Dpo | Kto, context.block), context.parent("init")
     way = PAIRS if isinstance(block, Dpo) else REPLIES
-    engine.start(block.seed)
+    engine.start(block.seed, context.recipe.header.deterministic)
 
     tok = begin.tokenizer(context, parent)
     data = way.encode(context, tok, block.max_length)

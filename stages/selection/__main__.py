@@ -33,7 +33,7 @@ from stages.selection.table import Table, chosen_before, origins
 def selection(context: Context) -> None:
     """Choose the rows worth training on."""
     block = cast(Selection, context.block)
-    device = engine.start(block.seed)
+    device = engine.start(block.seed, context.recipe.header.deterministic)
 
     parent = first_baton(context, block)
     tok = begin.tokenizer(context, parent)

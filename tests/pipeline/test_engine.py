@@ -130,9 +130,9 @@ def test_shipped_configurations_are_complete(path: Path) -> None:
 # Reading the configuration a stage names.
 
 
-def read(folder: Path, config: str) -> dict[str, Any]:
+def read(folder: Path, config: str, dtype: str = "bf16") -> dict[str, Any]:
     (folder / "r.yaml").write_text(
-        f"name: r\nbase: {{model: base}}\ndeepspeed: {{config: {config}}}\n"
+        f"name: r\nbase: {{model: base, dtype: {dtype}}}\ndeepspeed: {{config: {config}}}\n"
         "stages: {sft: {kind: sft, data: [{path: d.jsonl}], lr: 1.0e-3}}\n",
         encoding="utf-8",
     )
@@ -160,6 +160,16 @@ def test_deepspeeds_generating_kernels_are_refused(tmp_path: Path) -> None:
         read(tmp_path, "mine.json")
     (tmp_path / "mine.json").write_text('{"hybrid_engine": {"enabled": false}}', encoding="utf-8")
     assert read(tmp_path, "mine.json") == {"hybrid_engine": {"enabled": False}}
+
+
+@pytest.mark.parametrize("config", ["zero0", "mine.json"])
+def test_fp16_without_zero_is_refused(tmp_path: Path, config: str) -> None:
+    """DeepSpeed 0.19 scales no loss there and divides the gradients all the same (its pull request 8393)."""
+    (tmp_path / "mine.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"trains in fp16 without ZeRO.*\n  fix: use zero1, or `dtype: bf16`"):
+        read(tmp_path, config, "fp16")
+    for fine in (("zero1", "fp16"), ("zero0", "bf16")):
+        assert read(tmp_path, *fine)
 
 
 # Clipping by role.

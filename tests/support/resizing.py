@@ -69,9 +69,8 @@ def keep(engine: Any, file: Path) -> None:
 
 
 def held(engine: Any) -> Arrays:
-    """By trained parameter: float32 `weights`, `exp_avg`, `exp_avg_sq`, gathered by DeepSpeed's own functions (an engine without
-    ZeRO keeps them whole), and `model`, what it computes with; beside them the optimizer's step and learning rates, and
-    the loss scale. Collective."""
+    """By trained parameter: float32 `weights`, `exp_avg`, `exp_avg_sq`, gathered by DeepSpeed's own functions (an engine
+    without ZeRO keeps them whole), and `model`, what it computes with; beside them steps and learning rates. Collective."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
