@@ -53,7 +53,7 @@ class LossScale:
 
 
 def stop_on_not_finite(engine: Any, stop: Callable[[str], None]) -> None:
-    """Call `stop`, on every rank and before any weight moves, when a gradient of `engine` is not finite."""
+    """Call `stop`, on every rank, before a group of parameters is updated with a gradient that is not finite."""
 
     def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from pipeline import engine
+from pipeline import chain, engine
 from pipeline.config.recipe import DS_CONFIGS, deepspeed_config, load
 from pipeline.config.schema import Schedule
 from pipeline.errors import UserError
@@ -204,3 +205,34 @@ def test_small_gradients_and_a_limit_of_zero_are_left_alone() -> None:
         policy, _, norms = update(1.0, limit)
         torch.testing.assert_close(policy, torch.tensor([-3.0, -4.0]))
         assert norms["policy"] == pytest.approx(5.0)
+
+
+# The same bits again.
+
+
+def test_repeated_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that torch and cuBLAS ask for; an operation that has no deterministic form is warned of by name, and runs."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    try:
+        engine.repeat_bits()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with pytest.warns(UserWarning, match="put_"):
+            found = torch.zeros(2).put_(torch.tensor([1]), torch.tensor([3.0]), accumulate=False)
+        assert found.tolist() == [0.0, 3.0]
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.deterministic = before[1]
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_determinism_is_no_part_of_the_work(tmp_path: Path) -> None:
+    """Published stages stay up to date when it is asked for."""
+    read(tmp_path, "zero2")
+    plain, asked = (load(tmp_path / "r.yaml", given) for given in ([], ["deterministic=true"]))
+    assert asked.header.deterministic
+    assert not plain.header.deterministic
+    assert chain.resolved(asked.stages["sft"]) == chain.resolved(plain.stages["sft"])
