@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from pipeline import gradients
 from pipeline.errors import UserError
@@ -201,5 +205,6 @@ def _optimizer(shard: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """DeepSpeed's file holds pickled objects of its own; its hash has been compared with the checkpoint's before."""
-    return dict(torch.load(path, map_location="cpu", weights_only=False, mmap=True))
+    """DeepSpeed's file, of whose own classes these are all that it holds."""
+    with safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))

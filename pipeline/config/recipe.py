@@ -554,8 +554,8 @@ def deepspeed_config(recipe: Recipe, stage: str) -> dict[str, Any]:
             f"{path} enables hybrid_engine, whose kernels generate without PEFT's adapters and for one model per engine",
             fix="leave hybrid_engine out; `sampling.engine` says how replies are sampled",
         )
-    block, zero = recipe.stages[stage], config.get("zero_optimization", {})
-    if isinstance(block, Supervised | Ppo) and block.base.dtype == "fp16" and not zero.get("stage"):
+    trained, zero = recipe.stages[stage], config.get("zero_optimization", {})
+    if isinstance(trained, Supervised | Ppo) and trained.base.dtype == "fp16" and not zero.get("stage"):
         raise UserError(
             where,
             "trains in fp16 without ZeRO, where DeepSpeed divides gradients by a loss scale that no loss was multiplied by",
