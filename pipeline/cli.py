@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -132,7 +133,7 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
         console.print(f"[bold]{stage}[/bold]  stopped and saved; the same command goes on from there")
         raise typer.Exit(EXIT_STOPPED)
     if code == 0 and handoff.published(run_dir / stage) == before:
-        code = 1  # the launcher itself was killed, of which `deepspeed` makes a success
+        code = -signal.SIGKILL  # the launcher itself was killed, of which `deepspeed` makes a success
     if code != 0:
         console.print(f"[bold]{stage}[/bold]  failed: {launch.ended(code)}; nothing published changed")
         raise typer.Exit(code if code in (EXIT_USER_ERROR, EXIT_TROUBLE) else 1)

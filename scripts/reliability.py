@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 from pipeline import chain, checkpoint, handoff  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from scripts.compare_trl import commit  # noqa: E402
-from scripts.soak.job import STAGES, Job, during_publish, during_save, outputs  # noqa: E402
+from scripts.soak.job import STAGES, Job, during_handoff, during_publish, during_save, outputs  # noqa: E402
 
 SHORT = ["stages.sft.steps=12", "stages.reward.steps=12", "stages.ppo.steps=8"]
 SHORT += [f"stages.{stage}.save_every=3" for stage in STAGES]
@@ -45,11 +45,11 @@ LIMIT = 20
 """deepspeed.timeout of the soak, in seconds."""
 
 KILLED = ("relay", "deepspeed", "launcher", "one rank", "all ranks")
-MOMENTS: dict[str, Callable[[Path], bool] | None] = {
+MOMENTS: dict[str, Callable[[Path, float], bool] | None] = {
     "any moment": None,
     "save": during_save,
     "publish": during_publish,
-    "handoff": lambda run_dir: 1 <= outputs(run_dir) < len(STAGES),
+    "handoff": during_handoff,
 }
 
 
@@ -119,16 +119,16 @@ class Soak:
         name = self.random.choice(names) if fault.startswith("SIGKILL") else "any moment"
         moment = MOMENTS[name]
         if moment is None:
-            job.reach(lambda _: False, self.random.uniform(0.0, 0.6 * self.span))
+            job.reach(never, self.random.uniform(0.0, 0.6 * self.span))
         elif name == "handoff":
             if job.reach(moment, 300):
-                job.reach(lambda _: False, self.random.uniform(0.0, 8.0))
+                job.reach(never, self.random.uniform(0.0, 8.0))
         else:
             job.reach(moment, 300)
         if job.process.poll() is not None:
             return None
         before = intact(run_dir)
-        act(job, fault, self.random, self.disk)
+        fault = act(job, fault, self.random, self.disk)
         began = time.monotonic()
         code = job.wait(180)
         gone = job.ended(60)
@@ -170,15 +170,21 @@ class Soak:
         return Try("a bit of a baton", stage, code, None, last_words(said), 0, lost)
 
 
-def act(job: Job, fault: str, rng: random.Random, disk: Path) -> None:
+def never(run_dir: Path, began: float) -> bool:
+    return False
+
+
+def act(job: Job, fault: str, rng: random.Random, disk: Path) -> str:
+    """Do it; what was done, which is another thing where the ranks to kill were not there yet."""
     kind, _, who = fault.partition(" of ")
     if kind == "SIGKILL":
         ranks = job.processes("rank")
         chosen = {"one rank": [rng.choice(ranks)] if ranks else [], "all ranks": ranks}.get(who)
         for process in job.processes(who) if chosen is None else chosen:
             process.kill()
-        if chosen == []:  # the moment came before the ranks were there
+        if chosen == []:
             job.process.kill()
+            return "SIGKILL of relay"
     elif kind in ("SIGTERM", "SIGINT"):
         job.process.send_signal(signal.Signals[kind])
     elif kind == "SIGSTOP":
@@ -189,6 +195,7 @@ def act(job: Job, fault: str, rng: random.Random, disk: Path) -> None:
             rng.choice(ranks).suspend()
     elif kind == "disk full":
         fill(disk / "filler")
+    return fault
 
 
 def fill(file: Path) -> None:

@@ -25,6 +25,7 @@ class Job:
     env: dict[str, str] | None = None
 
     def start(self) -> Job:
+        self.began = time.time()
         relay = Path(sys.executable).parent / "relay"
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
@@ -68,11 +69,11 @@ class Job:
             time.sleep(0.1)
         return None
 
-    def reach(self, moment: Callable[[Path], bool], timeout: float) -> bool:
+    def reach(self, moment: Callable[[Path, float], bool], timeout: float) -> bool:
         """Wait for a moment; False when the job ended or the time is over before it came."""
         limit = time.monotonic() + timeout
         while time.monotonic() < limit and self.process.poll() is None:
-            if moment(self.run_dir):
+            if moment(self.run_dir, self.began):
                 return True
             time.sleep(0.001)
         return False
@@ -89,18 +90,30 @@ def role_of(line: list[str]) -> str:
     return "rank" if "-m" in line and any(part.startswith("stages.") for part in line) else ""
 
 
-def during_save(run_dir: Path) -> bool:
-    """A checkpoint lies there that is not complete yet."""
+def during_save(run_dir: Path, began: float) -> bool:
+    """A checkpoint lies there that was begun since and is not complete yet."""
     return any(
-        folder.name.endswith(".writing") or not (folder / "COMPLETE.json").exists()
+        _since(folder, began) and (folder.name.endswith(".writing") or not (folder / "COMPLETE.json").exists())
         for stage in STAGES
         for folder in (run_dir / stage / "checkpoints").glob("*-*")
         if not folder.name.endswith((".damaged", ".suspect"))
     )
 
 
-def during_publish(run_dir: Path) -> bool:
-    return any((run_dir / stage / "output.writing").exists() for stage in STAGES)
+def during_publish(run_dir: Path, began: float) -> bool:
+    return any(_since(run_dir / stage / "output.writing", began) for stage in STAGES)
+
+
+def during_handoff(run_dir: Path, began: float) -> bool:
+    """A stage has published since, and another is to follow."""
+    return outputs(run_dir) < len(STAGES) and any(_since(run_dir / stage / "output", began) for stage in STAGES)
+
+
+def _since(folder: Path, began: float) -> bool:
+    try:
+        return folder.stat().st_mtime > began
+    except FileNotFoundError:
+        return False
 
 
 def outputs(run_dir: Path) -> int:
