@@ -192,7 +192,10 @@ def main() -> None:
         return
     head = "| fault | exit code | s to the exit | s to no process left | the user reads | the same command again |"
     table = "\n".join([head, "|---|---|---|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)])
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    if not PAGE.is_file():
+        PAGE.write_text(
+            "# Two hosts\n\nWhat is done about each of these: [docs/hosts.md](../hosts.md).\n", encoding="utf-8"
+        )
     pages.put(PAGE, HEADING, f"{INTRO}\n\n{table}")
 
 
