@@ -106,7 +106,7 @@ def struck(
         place, recipe, run = bench.hosts()
         with place:
             process = place.relay("run", str(recipe), "--run-dir", str(run), "--until", stage, log=run / "log")
-            wait_for_step(run, stage, step, process)  # type: ignore[arg-type]
+            wait_for_step(run, stage, step, process, timeout=400.0)  # type: ignore[arg-type]
             began = time.monotonic()
             strike(place, psutil.Process(process.pid))
             code, seconds = process.wait(), time.monotonic() - began
@@ -156,9 +156,12 @@ def dead_rank(place: TwoHosts, _: psutil.Process) -> None:
 
 
 def said(log: Path, run: Path) -> str:
-    """The first line of the paragraph that ends a log."""
-    paragraphs = [part for part in log.read_text().split("\n\n") if re.match(r"(host|run directory) ", part)]
-    return paragraphs[-1].splitlines()[0].replace(str(run), "RUN") if paragraphs else ""
+    """The first line of the paragraph that says what happened; without one, the line that ends the stage."""
+    text = log.read_text().replace(str(run), "RUN")
+    found = re.findall(r"^(?:host|run directory) .*", text, re.MULTILINE) or re.findall(
+        r"^\w+  (?:failed:|stopped) .*", text, re.MULTILINE
+    )
+    return found[-1] if found else ""
 
 
 CASES: dict[str, Callable[[Bench], list[str]]] = {
@@ -187,11 +190,12 @@ def main() -> None:
             print(" | ".join(rows[-1]), flush=True)
     if sys.argv[1:]:
         return
-    head = (
-        "| fault | exit code | s to the exit | s to no process left | the user reads first | the same command again |"
-    )
+    head = "| fault | exit code | s to the exit | s to no process left | the user reads | the same command again |"
     table = "\n".join([head, "|---|---|---|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)])
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    if not PAGE.is_file():
+        PAGE.write_text(
+            "# Two hosts\n\nWhat is done about each of these: [docs/hosts.md](../hosts.md).\n", encoding="utf-8"
+        )
     pages.put(PAGE, HEADING, f"{INTRO}\n\n{table}")
 
 
