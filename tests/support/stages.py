@@ -26,6 +26,7 @@ PROGRAMS = {
 def run(recipe: str, stage: str, run_dir: str, overrides: list[str] | None = None) -> str:
     """The content hash that the stage published. Runs on every rank."""
     from accelerate.state import AcceleratorState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from pipeline import handoff
     from pipeline.config.recipe import load
@@ -48,6 +49,7 @@ def run(recipe: str, stage: str, run_dir: str, overrides: list[str] | None = Non
     finally:
         AcceleratorState._reset_state()
         PartialState._reset_state()
+        unset_hf_deepspeed_config()  # a trainer of ZeRO-3 that still lives would shard the next stage's models
         gc.collect()
     barrier()
     manifest = handoff.read_manifest(Path(run_dir) / stage)
