@@ -31,7 +31,7 @@ from pipeline import checkpoint, gradients, resize
 from pipeline.config.schema import Dtype, Schedule
 from pipeline.errors import Trouble, UserError
 from pipeline.extensions import free_builds
-from pipeline.watchdog import progress
+from pipeline.watchdog import progress, rest
 
 Value = TypeVar("Value")
 
@@ -90,6 +90,7 @@ def _without_auto(value: Any) -> Any:
 def start(seed: int, deterministic: bool = False) -> torch.device:
     """Join the process group, seed this rank, and return its device. On the CPU all arithmetic is deterministic."""
     _quiet()
+    progress()
     if deterministic or get_accelerator().device_name() == "cpu":
         repeat_bits()
     if not dist.is_initialized():
@@ -163,7 +164,10 @@ def on_main(work: Callable[[], Value]) -> Value:
     """What `work` returns on rank 0, on every rank; a UserError there is raised on all. The others wait as long as it takes:
     no collective lasts longer than a few seconds, so that none times out."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return work()
+        rest()
+        done = work()
+        progress()
+        return done
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(work) if dist.get_rank() == 0 else None
         while not agreed(running is not None and bool(wait([running], timeout=2.0).done)):
@@ -363,14 +367,16 @@ def save(
     engine.save_checkpoint(str(fresh), tag="engine", client_state={}, exclude_frozen_parameters=True, save_latest=False)
     torch.save(_random_state(), fresh / f"random-{rank}.pt")
     dist.barrier()
-    if rank == 0:
+
+    def complete() -> None:
         if write is not None:
             write(fresh)
         (fresh / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
         checkpoint.complete(fresh, {"step": step, "sizes": sizes})
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(fresh, folder)
-    dist.barrier()
+
+    on_main(complete)
     return folder
 
 

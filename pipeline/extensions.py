@@ -23,10 +23,8 @@ def free_builds(root: Path | None = None, elsewhere: float = ELSEWHERE) -> None:
     root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for mark in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
         while not _held(mark):
-            with (mark.parent / "lock.check").open(
-                "a"
-            ) as turn:  # else one rank would remove what another has just made
-                fcntl.flock(turn, fcntl.LOCK_EX)
+            with (mark.parent / "lock.check").open("a") as turn:
+                fcntl.flock(turn, fcntl.LOCK_EX)  # else one rank would remove what another has just made
                 if not _held(mark) and _age(mark) >= elsewhere:
                     mark.unlink(missing_ok=True)
             if not mark.exists():
@@ -44,6 +42,7 @@ def _age(mark: Path) -> float:
 
 def _held(mark: Path) -> bool:
     """Whether a process of this host has the file open, as torch has while it compiles."""
+    mark = mark.resolve()  # as the kernel shows it, without symbolic links
     for opened in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if opened.readlink() == mark:

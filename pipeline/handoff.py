@@ -285,8 +285,13 @@ def unsealed(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    replace(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a disk that is full, leaves the old content or the new one whole."""
     fresh = path.with_name(path.name + ".writing")
-    fresh.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    fresh.write_bytes(content)
     sync(fresh)
     os.replace(fresh, path)
 

@@ -24,13 +24,13 @@ from pipeline.config.kinds import DATA
 from pipeline.config.recipe import BASE, Recipe, elsewhere, load, trusted
 from pipeline.config.schema import Stage
 from pipeline.data.split import Counts
-from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, Trouble, UserError
+from pipeline.errors import EXIT_STOPPED, UserError
 from pipeline.handoff import Baton
 from pipeline.launch import STOP_FILE
 from pipeline.lifeline import die_with_parents
 from pipeline.lock import of_a_rank, run_lock
 from pipeline.tracking import Tracker
-from pipeline.watchdog import PATIENCE, progress, watchdog
+from pipeline.watchdog import progress, rest, watchdog
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "wandb_run_id")
 """What a stage writes beside its checkpoints and must stay with them."""
@@ -133,10 +133,10 @@ class Context:
 
     def stop_requested(self) -> bool:
         """Whether any rank was signalled or asked by file to stop. Collective: every rank must call it at the same step."""
-        progress()
         asked = self._signalled or (self.is_main and (self.dir / STOP_FILE).exists())
         if self.world_size == 1:
             return asked
+        progress()
         import torch
         import torch.distributed as dist
 
@@ -167,6 +167,7 @@ class Context:
         """
         if not self.is_main:
             return
+        rest()
         read = {"": counts, **(others or {})}
         facts = {
             "stage": self.stage,
@@ -235,34 +236,9 @@ def main(program: Callable[[Context], None]) -> None:
     except Stopped:
         code = EXIT_STOPPED
     except Exception as error:
-        code = _tell(error, arguments.run_dir, rank, world_size)
+        code = faults.tell(error, arguments.run_dir, rank, world_size)
     sys.stdout.flush()
     _leave(code)
-
-
-def _tell(error: Exception, run_dir: Path, rank: int, world_size: int) -> int:
-    """Say what ended this rank, unless another one has; the exit code.
-
-    The launcher ends all ranks as soon as one has ended. So a rank that only lost another leaves that one the word, and of
-    ranks with the same mistake rank 0 speaks.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    named = f"rank {rank} of {world_size}: " if world_size > 1 else ""
-    if faults.lost_peer(error):
-        time.sleep(3 * PATIENCE)
-        print(f"\n{named}lost another rank: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        return 1
-    if rank != 0:
-        time.sleep(PATIENCE)
-    if isinstance(error, (UserError, Trouble)):
-        print(f"\n{error}", file=sys.stderr, flush=True)
-    elif trouble := faults.machine(error, run_dir):
-        print(f"\n{named}{trouble}", file=sys.stderr, flush=True)
-        return EXIT_TROUBLE
-    else:
-        print(f"\n{faults.told(error, rank, world_size)}", file=sys.stderr, flush=True)
-        return 1
-    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_TROUBLE
 
 
 def _leave(code: int) -> None:
@@ -336,9 +312,13 @@ def _claim_checkpoints(stage_dir: Path, key: str, work: str) -> None:
     current = stage_dir / "checkpoints"
     owner = current / "inputs_hash"
     found, *theirs = owner.read_text(encoding="utf-8").split() if owner.exists() else [None]
-    published = (handoff.read_manifest(stage_dir) or {}).get("inputs_hash")
-    finished = found == published and not (stage_dir / chain.REDO).exists()
-    if found != key and (theirs != [work] or finished):
+
+    def finished() -> bool:
+        if (stage_dir / chain.REDO).exists():  # what is published may be damaged
+            return False
+        return found == (handoff.read_manifest(stage_dir) or {}).get("inputs_hash")
+
+    if found != key and (theirs != [work] or finished()):
         if current.exists():
             for record in RECORDS:
                 if (stage_dir / record).exists():
@@ -351,4 +331,4 @@ def _claim_checkpoints(stage_dir: Path, key: str, work: str) -> None:
                 if (current / record).exists():
                     os.rename(current / record, stage_dir / record)
     current.mkdir(parents=True, exist_ok=True)
-    owner.write_text(f"{key} {work}", encoding="utf-8")
+    handoff.replace(owner, f"{key} {work}".encode())

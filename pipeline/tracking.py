@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.config.schema import Tracking
+from pipeline.handoff import replace
 
 SHOWN = {
     "loss": "loss",
@@ -84,7 +85,7 @@ class Tracker:
         for path in (self._path, self._path.parent / "samples.jsonl"):
             if path.exists():
                 kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
-                path.write_bytes(b"".join(line + b"\n" for line in kept))
+                replace(path, b"".join(line + b"\n" for line in kept))
 
     def __enter__(self) -> Tracker:
         return self

@@ -300,7 +300,8 @@ class Bridge(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         dist.barrier()
-        if self.context.is_main:
+
+        def complete() -> None:
             best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
             finished = bool(control.should_training_stop and not self.stopped)
             folder = self.context.checkpoints / f"checkpoint-{state.global_step}"
@@ -309,4 +310,5 @@ class Bridge(TrainerCallback):
             facts = {"step": state.global_step, "finished": finished, "sizes": self.context.sizes}
             checkpoint.complete(folder, facts)
             checkpoint.rotate(self.context.checkpoints, self.keep, best)
-        dist.barrier()
+
+        engine.on_main(complete)

@@ -1,12 +1,14 @@
 """A rank that hangs ends the job within a stated time, and says where it hung; ranks that waited for it say only that.
 
-The main thread reports progress at every step, micro-batch and decoded token. After `deepspeed.timeout` seconds without any, a
-second thread tells where the main one is and ends the process, whereupon the launcher ends the others.
+From joining the other ranks on, the main thread reports progress at every step, micro-batch and decoded token. After
+`deepspeed.timeout` seconds without any, a second thread tells where the main one is and ends the process, whereupon the
+launcher ends the others. Work of rank 0 alone takes as long as it takes.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -26,7 +28,13 @@ WAITING = (("torch", "distributed"), ("deepspeed", "comm"), ("deepspeed", "runti
 PATIENCE = 5.0
 """Seconds for which a rank with nothing of its own to tell leaves the word to the one at fault."""
 
-_last = 0.0
+_last = math.inf
+
+
+def rest() -> None:
+    """What comes is not limited, until the next `progress`."""
+    global _last
+    _last = math.inf
 
 
 def progress() -> None:
@@ -37,8 +45,8 @@ def progress() -> None:
 
 @contextmanager
 def watchdog(seconds: float, rank: int, world_size: int) -> Iterator[None]:
-    """End this process when its main thread makes no progress for `seconds` inside."""
-    progress()
+    """End this process when its main thread, inside, makes no progress for `seconds` after it has made some."""
+    rest()
     ended, main = threading.Event(), threading.get_ident()
     arguments = (seconds, f"rank {rank} of {world_size}", main, ended)
     threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True).start()

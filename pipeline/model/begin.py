@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from transformers import GenerationConfig
 
@@ -19,7 +18,7 @@ from pipeline.config.methods import METHODS
 from pipeline.config.schema import Base
 from pipeline.config.tokens import check_rows, template_file
 from pipeline.data import templates
-from pipeline.engine import gather_state
+from pipeline.engine import gather_state, on_main
 from pipeline.errors import UserError
 from pipeline.handoff import Baton
 from pipeline.model import load
@@ -81,13 +80,17 @@ def base_below(context: Context, baton: Baton | None, kind: Kind, *, whole: bool
         record = baton.manifest["base"]
         return block.base.model_copy(update={"model": record["model"], "revision": record["revision"]}), baton
     target = context.dir / f"base-of-{baton.manifest['stage']}-{baton.content_hash[:12]}"
-    if context.is_main and not target.is_dir():
-        fresh = target.with_name(target.name + ".writing")
-        shutil.rmtree(fresh, ignore_errors=True)
-        kept = "causal" if block.kind == "classify" else kind  # a policy has no head of its classes yet
-        load.materialise(block.base, baton, fresh, kind="classifier" if baton.manifest["kind"] == "reward" else kept)
-        os.rename(fresh, target)
-    dist.barrier()
+    kept = "causal" if block.kind == "classify" else kind  # a policy has no head of its classes yet
+    kept = "classifier" if baton.manifest["kind"] == "reward" else kept
+
+    def write_out() -> None:
+        if not target.is_dir():
+            fresh = target.with_name(target.name + ".writing")
+            shutil.rmtree(fresh, ignore_errors=True)
+            load.materialise(block.base, baton, fresh, kind=kept)
+            os.rename(fresh, target)
+
+    on_main(write_out)
     return block.base.model_copy(update={"model": str(target), "revision": None}), None
 
 

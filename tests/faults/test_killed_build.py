@@ -31,8 +31,11 @@ def test_mark_of_a_killed_builder(tmp_path: Path) -> None:
     assert builder.stdout is not None
     assert builder.stdout.readline() == "compiles\n"
     os.utime(mark, (0, 0))  # old, and yet its owner compiles still
-    free_builds(tmp_path, elsewhere=0.0)
-    assert mark.exists()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    for root in (tmp_path, link):
+        free_builds(root, elsewhere=0.0)
+        assert mark.exists()
 
     builder.kill()
     builder.wait()

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import chain, checkpoint, handoff
 from pipeline.stage import _claim_checkpoints
+from tests.support.disk import no_room
 
 pytestmark = pytest.mark.fast
 
@@ -76,6 +77,25 @@ def test_a_redone_training_is_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / chain.REDO).touch()
     kept = saved(tmp_path)
     claim(tmp_path, record(1))
+    assert kept.is_dir()
+
+
+def test_a_damaged_output_does_not_stop_what_makes_it_anew(tmp_path: Path) -> None:
+    claim(tmp_path, record())
+    published(tmp_path, record())
+    (tmp_path / "output" / handoff.MANIFEST).write_text("{")
+    (tmp_path / chain.REDO).touch()
+    kept = saved(tmp_path)
+    claim(tmp_path, record(1))
+    assert kept.is_dir()
+
+
+def test_a_full_disk_takes_no_checkpoint_from_its_owner(tmp_path: Path) -> None:
+    claim(tmp_path, record())
+    kept = saved(tmp_path)
+    with no_room(), pytest.raises(OSError, match="File too large"):
+        claim(tmp_path, record())
+    claim(tmp_path, record())
     assert kept.is_dir()
 
 

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.config.schema import Tracking, Wandb
 from pipeline.tracking import Tracker
+from tests.support.disk import no_room
 
 pytestmark = pytest.mark.fast
 
@@ -80,6 +81,13 @@ def test_a_resume_rewinds_to_its_step(tmp_path: Path) -> None:
     log(tmp_path, 4, 6, resume=3)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert [row["step"] for row in rows(tmp_path, name)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_at_a_resume_takes_nothing(tmp_path: Path) -> None:
+    log(tmp_path, 1, 5)
+    with no_room(), pytest.raises(OSError, match="File too large"):
+        tracker(tmp_path, resume=3)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_a_start_from_nothing_drops_what_was_there(tmp_path: Path) -> None:
