@@ -390,7 +390,7 @@ def test_orthogonality_is_once_in_trl_s_gradient(
 
 
 def test_the_best_checkpoint_s_ranks_are_published(ranks: Get, tiny_llama: Path, tmp_path: Path) -> None:
-    """A rate that grows until training gets worse, well before ranks are fixed: weights and ranks are published as at the best."""
+    """A rate that grows until training gets worse, well before ranks are fixed: what is published is as it was at the best."""
     changes = {
         "lr": 3.0,
         "lr_schedule": "constant",
