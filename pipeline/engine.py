@@ -8,6 +8,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -97,16 +98,23 @@ def start(seed: int, deterministic: bool = False) -> torch.device:
         if get_accelerator().device_name() != "cpu":
             get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
         free_builds()
-        deepspeed.init_distributed(
-            dist_backend=get_accelerator().communication_backend_name()
-            if get_accelerator().device_name() != "cpu"
-            else "gloo",
-            verbose=False,
-            timeout=timedelta(days=1),  # the watchdog's limit is the recipe's, and it says which rank hangs
-        )
+        _join()
         _release_shared_buffer()
     seed_all(seed)
     return device()
+
+
+def _join() -> None:
+    """Join the process group. SIGTERM ends this rank meanwhile: there is nothing to save yet, and torch, waiting for a rank
+    that will not come, would not let a handler run."""
+    held = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cpu = get_accelerator().device_name() == "cpu"
+    deepspeed.init_distributed(
+        dist_backend="gloo" if cpu else get_accelerator().communication_backend_name(),
+        verbose=False,
+        timeout=timedelta(days=1),  # the watchdog's limit is the recipe's, and it says which rank hangs
+    )
+    signal.signal(signal.SIGTERM, held)
 
 
 def repeat_bits() -> None:

@@ -223,36 +223,35 @@ def main(program: Callable[[Context], None]) -> None:
     code = 0
     try:
         overrides = [*arguments.set, *_launched_size(arguments, world_size)]
-        execute(
-            program,
-            arguments.recipe,
-            arguments.stage,
-            arguments.run_dir,
-            overrides,
-            rank,
-            world_size,
-            locked=arguments.lock_held,
-        )
-    except Stopped:
-        code = EXIT_STOPPED
+        try:
+            execute(
+                program,
+                arguments.recipe,
+                arguments.stage,
+                arguments.run_dir,
+                overrides,
+                rank,
+                world_size,
+                locked=arguments.lock_held,
+            )
+        except Stopped:
+            code = EXIT_STOPPED
+        _leave()
     except Exception as error:
         code = faults.tell(error, arguments.run_dir, rank, world_size)
-    sys.stdout.flush()
-    _leave(code)
+        sys.stdout.flush()
+        os._exit(code)  # without the others, who may be gone
+    sys.exit(code)
 
 
-def _leave(code: int) -> None:
+def _leave() -> None:
     """Leave the process group in order, so that no rank sees a peer vanish."""
     if "torch" in sys.modules:
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
-            if code in (0, EXIT_STOPPED):
-                dist.barrier()
-                dist.destroy_process_group()
-            else:
-                os._exit(code)
-    sys.exit(code)
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def _launched_size(arguments: argparse.Namespace, world_size: int) -> list[str]:

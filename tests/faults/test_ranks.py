@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint, faults
+from pipeline.launch import free_port
 from tests.faults.test_resume import ranks_of
 from tests.support import tiny
 
@@ -109,3 +111,39 @@ def test_memory_that_is_not_there(tmp_path: Path) -> None:
         assert trouble.startswith("out of memory: ")
         assert "lower micro_batch" in trouble
     assert faults.machine(KeyError("memory"), tmp_path) is None
+
+
+JOINING = """
+import signal
+from pipeline import engine
+signal.signal(signal.SIGTERM, lambda *_: None)  # as a stage has it, which saves at its next step
+print("joins", flush=True)
+engine.start(0)
+"""
+
+
+def test_rank_that_waits_for_one_that_never_comes() -> None:
+    """The launcher ends it by SIGTERM, which torch's wait for the others would hold back."""
+    env = {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    rank = subprocess.Popen(
+        [sys.executable, "-c", JOINING],
+        env={**os.environ, **env, "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == "joins\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        rank.wait(timeout=4)
+    rank.terminate()
+    try:
+        assert rank.wait(timeout=10) == -signal.SIGTERM
+    finally:
+        rank.kill()
+        rank.communicate()
