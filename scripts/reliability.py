@@ -178,11 +178,10 @@ def act(job: Job, fault: str, rng: random.Random, disk: Path) -> str:
     """Do it; what was done, which is another thing where the ranks to kill were not there yet."""
     kind, _, who = fault.partition(" of ")
     if kind == "SIGKILL":
-        ranks = job.processes("rank")
-        chosen = {"one rank": [rng.choice(ranks)] if ranks else [], "all ranks": ranks}.get(who)
-        for process in job.processes(who) if chosen is None else chosen:
+        found = job.processes(who.removeprefix("one ").removeprefix("all ranks") or "rank")
+        for process in [rng.choice(found)] if found and who == "one rank" else found:
             process.kill()
-        if chosen == []:
+        if not found:
             job.process.kill()
             return "SIGKILL of relay"
     elif kind in ("SIGTERM", "SIGINT"):
@@ -369,7 +368,8 @@ def main() -> None:
         text = [
             "# Reliability",
             "",
-            f"`python scripts/reliability.py`, {date.today().isoformat()}, commit {commit()}, {platform.machine()}, "
+            f"`python scripts/reliability.py {' '.join(sys.argv[1:])}`, "
+            f"{date.today().isoformat()}, commit {commit()}, {platform.machine()}, "
             f"{os.cpu_count()} cores, two ranks on the CPU, deepspeed.timeout {LIMIT} s. {len(rounds)} runs of the embedded "
             f"chain (SFT 12 steps, reward model 12, PPO 8, a checkpoint every 3) in {minutes:.0f} minutes, "
             f"{len(soak.tries)} faults of which {kills()} kills. One undisturbed run takes {soak.span:.0f} s.",
