@@ -80,7 +80,9 @@ class Soak:
         return Job(Path("quickstart"), run_dir, self.folder / "log.txt", [*self.more, *more], env).start()
 
     def undisturbed(self) -> Path:
-        """The run that all others are compared with."""
+        """The run that all others are compared with; before it, one that compiles what DeepSpeed lacks, longer than LIMIT."""
+        first = self.job(self.folder / "first", "--until", "sft", "--set", "deepspeed.timeout=900")
+        assert first.wait(900) == 0, first.said
         run_dir = self.folder / "undisturbed"
         job = self.job(run_dir)
         began = time.monotonic()
