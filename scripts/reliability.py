@@ -44,6 +44,10 @@ OUT = ROOT / "docs" / "results" / "reliability.md"
 LIMIT = 20
 """deepspeed.timeout of the soak, in seconds."""
 
+APART = ["unshare", "--pid", "--fork", "--mount", "--mount-proc", "bash", "-c"]
+APART += ['mount -t tmpfs tmpfs /dev/shm && "$@"; exit $?', "soak"]
+"""Process and mount namespaces of its own: what piles up there is this script's, whatever else the machine does."""
+
 KILLED = ("relay", "deepspeed", "launcher", "one rank", "all ranks")
 MOMENTS: dict[str, Callable[[Path, float], bool] | None] = {
     "any moment": None,
@@ -256,16 +260,16 @@ def last_words(said: str) -> str:
 
 
 def leftovers() -> dict[str, float]:
-    """What may pile up on the machine from run to run."""
-    memory = psutil.virtual_memory()
-    own = psutil.Process()
+    """What may pile up from run to run, among all that this script ever started."""
+    shared = sum(p.stat().st_blocks * 512 for p in Path("/dev/shm").iterdir() if p.is_file()) / 2**20
+    processes = [process for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE]
     return {
         "time": time.time(),
-        "memory": (memory.total - memory.available) / 2**20,
-        "shared": sum(p.stat().st_blocks * 512 for p in Path("/dev/shm").iterdir() if p.is_file()) / 2**20,
-        "processes": float(len(psutil.pids())),
-        "descriptors": float(int(Path("/proc/sys/fs/file-nr").read_text().split()[0])),
-        "own": float(own.num_fds()),
+        "memory": shared + sum(process.memory_full_info().pss for process in processes) / 2**20,
+        "shared": shared,
+        "processes": float(len(processes)),
+        "descriptors": float(sum(process.num_fds() for process in processes)),
+        "own": float(psutil.Process().num_fds()),
     }
 
 
@@ -344,6 +348,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
+    if "RELAY_APART" not in os.environ:
+        sys.exit(subprocess.call([*APART, sys.executable, *sys.argv], env={**os.environ, "RELAY_APART": "1"}))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         soak = Soak(Path(name), arguments.seed)
         expected = soak.undisturbed()
@@ -388,10 +394,10 @@ def main() -> None:
             *(
                 f"| {title} | {rounds[0][key]:.0f} | {rounds[-1][key]:.0f} | {slope(rounds, key):+.1f} an hour |"
                 for title, key in (
-                    ("the machine's memory in use, MiB", "memory"),
+                    ("memory of all processes and shared memory, MiB", "memory"),
                     ("shared memory files, MiB", "shared"),
                     ("processes", "processes"),
-                    ("open files of the machine", "descriptors"),
+                    ("open files of all processes", "descriptors"),
                     ("open files of the script", "own"),
                 )
             ),

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them: style, types, security, tests. Arguments go to pytest, such as -m fast or -k handoff.
+# Installs what the tests need and runs them: style, types, security, tests. Arguments go to pytest, such as -m fast or -k handoff;
+# without any, what needs one core runs two at a time, and then what needs both.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh test
@@ -7,4 +8,6 @@ ruff check .
 mypy
 bandit -q -c pyproject.toml -r pipeline stages
 scripts/audit.sh
-exec python -m pytest "$@"
+if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
+python -m pytest -m "not ranks" --numprocesses 2 --dist loadfile
+python -m pytest -m ranks

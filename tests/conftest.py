@@ -19,6 +19,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What computes on two ranks is marked so: side by side, such tests would take far longer than one after another."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()) or item.get_closest_marker("launch"):
+            item.add_marker(pytest.mark.ranks)
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
     """`ranks(n)`: n warm ranks, started at first use; restarted when a failed case took them down."""
