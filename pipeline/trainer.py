@@ -160,6 +160,9 @@ def train(context: Context, trainer: Any, start: Ready) -> None:
     trainer.remove_callback(PrinterCallback)
     bridge = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Bridge))
     bridge.engine = lambda: trainer.model_wrapped
+    bridge.seen = lambda: getattr(trainer, "_total_train_tokens", 0)
+    if resume:  # TRL counts from nothing again
+        trainer._total_train_tokens = checkpoint.facts(resume).get("tokens", 0)
     if bridge.allocation is not None and resume:
         bridge.allocation.load(resume)
     load_best = trainer._load_best_model
@@ -230,6 +233,7 @@ class Bridge(TrainerCallback):
     `allocation`, that acts at every step and is in every checkpoint."""
 
     engine: Callable[[], Any]  # the DeepSpeed engine, once there is one
+    seen: Callable[[], int]  # tokens since the stage began, in whatever launch
 
     def __init__(self, context: Context, keep: int, tracker: Tracker, allocation: Allocation | None) -> None:
         self.context, self.keep, self.tracker, self.stopped = context, keep, tracker, False
@@ -242,6 +246,7 @@ class Bridge(TrainerCallback):
         last = self.context.checkpoints / f"checkpoint-{state.global_step}"
         if state.global_step and checkpoint.facts(last).get("finished"):
             raise Finished
+        self._tokens = (self.seen(), time.monotonic())
         if self.allocation is not None:
             self.allocation.follow(self.engine(), lambda: state.global_step)
         gradients.stop_on_not_finite(self.engine(), lambda reason: self.fail(state.global_step + 1, reason))
@@ -307,7 +312,7 @@ class Bridge(TrainerCallback):
             folder = self.context.checkpoints / f"checkpoint-{state.global_step}"
             if self.allocation is not None:
                 self.allocation.save(folder)
-            facts = {"step": state.global_step, "finished": finished, "sizes": self.context.sizes}
+            facts = {"step": state.global_step, "finished": finished, "sizes": self.context.sizes, "tokens": self.seen()}
             checkpoint.complete(folder, facts)
             checkpoint.rotate(self.context.checkpoints, self.keep, best)
 

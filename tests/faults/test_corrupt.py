@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,14 @@ def finished(
 def damaged(folder: Path) -> list[tuple[str, Path, Callable[[Path], None]]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return [(file.relative_to(folder).as_posix(), file, act) for file in files for act in DAMAGES]
+
+
+def logged(folder: Path) -> list[tuple[int, float]]:
+    """How many tokens each step of a trainer had seen since the stage began; of PPO, the KL."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    counts = [(row["step"], row[name]) for row in rows for name in ("num_tokens", "objective/kl") if name in row]
+    assert counts
+    return counts
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -94,6 +103,7 @@ def test_resume_from_the_last_good_checkpoint(
         flip(max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
         ranks(2).call("tests.support.stages:run", recipe=str(recipe), stage=stage, run_dir=str(run))
         assert_same_files(run, undisturbed, stage)
+        assert logged(run / stage) == logged(undisturbed / stage)
         assert newest.with_name(newest.name + ".damaged").is_dir()
 
 
