@@ -97,7 +97,7 @@ def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], role: 
 def lora(ranks: Get, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """SFT and reward model with LoRA, published."""
     folder = tmp_path_factory.mktemp("lora")
-    case = Case(ranks, tiny.recipe(folder / "tiny.yaml", tiny_llama, **SHORT), folder / "run")
+    case = Case(ranks, tiny.recipe(folder / "tiny.yaml", tiny_llama, rows=None, **SHORT), folder / "run")
     case.call("tests.support.stages:chain", until="reward")
     return case
 

@@ -113,8 +113,9 @@ def model(folder: Path, shape: str = "llama", seed: int = 0, **changes: Any) -> 
     return folder
 
 
-def recipe(path: Path, base: Path, **changes: Any) -> Path:
-    """A three-stage recipe of a few steps on the quickstart's data; `changes` are laid over it (dotted keys with __)."""
+def recipe(path: Path, base: Path, rows: int | None = ROWS, **changes: Any) -> Path:
+    """A three-stage recipe of a few steps on the quickstart's data; `changes` are laid over it (dotted keys with __).
+    `rows`: how many of each file, all where it is None."""
     value: dict[str, Any] = {
         "name": "tiny",
         "base": {"model": str(base), "dtype": "fp32"},
@@ -124,7 +125,7 @@ def recipe(path: Path, base: Path, **changes: Any) -> Path:
         "stages": {
             "sft": {
                 "kind": "sft",
-                "data": [{"path": str(QUICKSTART / "demonstrations.jsonl"), "limit": ROWS}],
+                "data": [{"path": str(QUICKSTART / "demonstrations.jsonl"), "limit": rows}],
                 "steps": 4,
                 "batch": 8,
                 "micro_batch": 2,
@@ -135,7 +136,7 @@ def recipe(path: Path, base: Path, **changes: Any) -> Path:
             },
             "reward": {
                 "kind": "reward",
-                "data": [{"path": str(QUICKSTART / "preferences.jsonl"), "limit": ROWS}],
+                "data": [{"path": str(QUICKSTART / "preferences.jsonl"), "limit": rows}],
                 "steps": 4,
                 "batch": 8,
                 "micro_batch": 2,
@@ -148,7 +149,7 @@ def recipe(path: Path, base: Path, **changes: Any) -> Path:
                 "kind": "ppo",
                 "policy": "sft",
                 "reward": "reward",
-                "prompts": [{"path": str(QUICKSTART / "prompts.jsonl"), "limit": ROWS}],
+                "prompts": [{"path": str(QUICKSTART / "prompts.jsonl"), "limit": rows}],
                 "steps": 4,
                 "rollout_batch": 8,
                 "minibatches": 2,
