@@ -357,6 +357,22 @@ def report(
     console.print(f"report: {write([_run_folder(name) for name in runs], to)}")
 
 
+@commands.command()
+def dashboard(
+    runs: Annotated[Path, typer.Argument(metavar="[RUNS]", help="a folder of runs, or one run")] = Path("runs"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8008,
+    host: Annotated[
+        str, typer.Option(help="off loopback a token is asked for: RELAY_DASHBOARD_TOKEN, or a new one")
+    ] = ("127.0.0.1"),
+) -> None:
+    """Serve the page of every run, live, on this machine."""
+    from pipeline.report.dashboard import serve
+
+    if not runs.is_dir():
+        raise UserError(f"runs {runs}", "no such folder", expected="a folder of runs, or one run", fix="ls")
+    serve(runs, host, port)
+
+
 def _run_folder(name: str) -> Path:
     """The folder of a run: `name` itself, or runs/<name> of the recipe that `name` is. Raises UserError for neither."""
     from pipeline.report.read import is_run

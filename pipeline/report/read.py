@@ -88,7 +88,7 @@ def stage_names(run_dir: Path, record: View) -> list[str]:
     if record.get("stages"):
         return list(record["stages"])
     found = [p for p in run_dir.iterdir() if p.is_dir() and not p.name.startswith(".")] if run_dir.is_dir() else []
-    left = [p for p in found if any((p / name).exists() for name in (handoff.OUTPUT, "metrics.jsonl", "checkpoints"))]
+    left = [p for p in found if any((p / name).exists() for name in (handoff.OUTPUT, "metrics.jsonl", LAUNCHES))]
     return [p.name for p in sorted(left, key=lambda p: p.stat().st_mtime)]
 
 

@@ -36,7 +36,7 @@
     const few = line.x.length < 25;
     return {
       x: line.x, y: line.y, name: line.name, type: "scatter", text: line.text, stackgroup: chart.options.stack ? "one" : undefined,
-      mode: chart.options.points ? "lines+markers" : few ? "lines+markers" : "lines",
+      mode: (few || chart.options.points) && !chart.options.stack ? "lines+markers" : "lines",
       error_y: line.low ? {type: "data", symmetric: false, array: line.high.map((v, i) => v - line.y[i]), arrayminus: line.low.map((v, i) => line.y[i] - v), color: colour, thickness: 1} : undefined,
       line: {color: colour, width: chart.options.points ? 1 : 1.8, dash: DASHES[number_ % 6]},
       marker: {color: colour, size: chart.options.points ? 6 : 5, symbol: SYMBOLS[number_ % 6]},
