@@ -6,6 +6,9 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import chain, faults, handoff, launch
+from pipeline import chain, faults, handoff, launch, records
 from pipeline.config.kinds import KINDS
-from pipeline.config.recipe import Recipe, elsewhere, load, trusted
+from pipeline.config.recipe import Recipe, elsewhere, find, load, trusted, written
 from pipeline.config.schema import Classify, Frozen
 from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
@@ -98,16 +101,34 @@ def run(
     wanted, again = chain.selection(loaded, first, until), chain.redo(loaded, first)
     for model in dict.fromkeys(model for stage in wanted for model in trusted(loaded.stages[stage])):
         console.print(f"Python code that comes with {model} will be run (trust_remote_code)", markup=False)
-    with run_lock(folder):
+    with ExitStack() as at_end, run_lock(folder):
         await_ranks(folder)
         for stage in loaded.stages:
             handoff.recover(folder / stage)
+
+        @cache
+        def begin() -> None:  # with the first stage that runs; where all is up to date nothing is written
+            records.begin(folder, loaded, written(loaded.path, given), records.command())
+            at_end.callback(_leave_report, folder)
+
         for stage in wanted:
-            _run_stage(loaded, stage, folder, given, again=stage in again)
+            _run_stage(loaded, stage, folder, given, begin, again=stage in again)
     summary(loaded, folder, wanted, console)
 
 
-def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, again: bool) -> None:
+def _leave_report(run_dir: Path) -> None:
+    """Write the run's page, however it ended. That it cannot be written changes nothing else."""
+    try:
+        from pipeline.report.page import report as write
+
+        console.print(f"report: {write([run_dir])}")
+    except Exception as error:  # whatever it is, it must not hide how the run ended
+        console.print(f"no report was written: {type(error).__name__}: {error}", markup=False)
+
+
+def _run_stage(
+    recipe: Recipe, stage: str, run_dir: Path, given: list[str], begin: Callable[[], None], *, again: bool
+) -> None:
     why = "asked to run again"
     if not again:  # what is published may be damaged, and is made anew then
         state = chain.state(recipe, stage, run_dir)
@@ -126,6 +147,7 @@ def _run_stage(recipe: Recipe, stage: str, run_dir: Path, given: list[str], *, a
         shutil.rmtree(run_dir / stage / "checkpoints", ignore_errors=True)
         redo.parent.mkdir(parents=True, exist_ok=True)
         redo.touch()
+    begin()
     console.print(f"[bold]{stage}[/bold]  starts: {why}")
     began, before = time.monotonic(), handoff.published(run_dir / stage)
     code = launch.run(recipe, stage, run_dir, given)
@@ -322,6 +344,51 @@ def verify(
                     fix=f"run it again: relay run {recipe} --from {stage}",
                 )
         console.print(f"[bold]{stage}[/bold]  {len(baton.manifest['files'])} files verified  {baton.content_hash[:12]}")
+
+
+@commands.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders, or recipes run in runs/<name>")],
+    to: Annotated[Path | None, typer.Option("--to", help="the file; default report.html in the first run")] = None,
+) -> None:
+    """Write one HTML page about a run, or about several beside each other; it opens without a network."""
+    from pipeline.report.page import report as write
+
+    console.print(f"report: {write([_run_folder(name) for name in runs], to)}")
+
+
+@commands.command()
+def dashboard(
+    runs: Annotated[Path, typer.Argument(metavar="[RUNS]", help="a folder of runs, or one run")] = Path("runs"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8008,
+    host: Annotated[
+        str, typer.Option(help="off loopback a token is asked for: RELAY_DASHBOARD_TOKEN, or a new one")
+    ] = ("127.0.0.1"),
+) -> None:
+    """Serve the page of every run, live, on this machine."""
+    from pipeline.report.dashboard import serve
+
+    if not runs.is_dir():
+        raise UserError(f"runs {runs}", "no such folder", expected="a folder of runs, or one run", fix="ls")
+    serve(runs, host, port)
+
+
+def _run_folder(name: str) -> Path:
+    """The folder of a run: `name` itself, or runs/<name> of the recipe that `name` is. Raises UserError for neither."""
+    from pipeline.report.read import is_run
+
+    tried = [Path(name), Path("runs") / name]
+    with suppress(UserError):
+        tried.append(Path("runs") / load(find(name)).name)
+    for folder in tried:
+        if is_run(folder):
+            return folder
+    raise UserError(
+        f"run {name}",
+        "no run there: " + ", ".join(dict.fromkeys(map(str, tried))),
+        expected="a folder that `relay run` made, or a recipe that was run",
+        fix="ls runs",
+    )
 
 
 if __name__ == "__main__":

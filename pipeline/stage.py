@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import chain, checkpoint, faults, handoff
+from pipeline import chain, checkpoint, faults, handoff, records
 from pipeline.config.kinds import DATA
 from pipeline.config.recipe import BASE, Recipe, elsewhere, load, trusted
 from pipeline.config.schema import Stage
@@ -32,7 +32,7 @@ from pipeline.lock import of_a_rank, run_lock
 from pipeline.tracking import Tracker
 from pipeline.watchdog import progress, rest, watchdog
 
-RECORDS = ("metrics.jsonl", "samples.jsonl", "wandb_run_id")
+RECORDS = ("metrics.jsonl", "samples.jsonl", "warnings.jsonl", "launches.jsonl", "wandb_run_id")
 """What a stage writes beside its checkpoints and must stay with them."""
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "datasets", "accelerate")
@@ -299,7 +299,8 @@ def execute(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # held back until here where an agent started it
         if rank == 0:
             _claim_checkpoints(context.dir, chain.key(record), chain.work(record))
-        with watchdog(context.block.deepspeed.timeout, rank, world_size):
+        noted = records.launch(context.dir, world_size) if rank == 0 else nullcontext()
+        with watchdog(context.block.deepspeed.timeout, rank, world_size), noted:
             program(context)
 
 

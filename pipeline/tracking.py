@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.config.schema import Tracking
 from pipeline.handoff import replace
+from pipeline.records import note
 
 SHOWN = {
     "loss": "loss",
@@ -54,6 +55,7 @@ class Tracker:
             return
         self._path = stage_dir / "metrics.jsonl"
         self._rewind(resume_step)
+        note(stage_dir, "steps", first=resume_step, last=total_steps)
         self._stream = self._path.open("a", encoding="utf-8")
         if tracking.tensorboard:
             self._sinks.append(TensorBoardSink(stage_dir / "tensorboard", resume_step))
@@ -81,8 +83,14 @@ class Tracker:
         for sink in self._sinks:
             sink.samples(step, rows)
 
+    def warn(self, step: int, text: str) -> None:
+        """A line of trouble for readers of the run, beside the metrics."""
+        if self.enabled:
+            with (self._path.parent / "warnings.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
+
     def _rewind(self, step: int) -> None:
-        for path in (self._path, self._path.parent / "samples.jsonl"):
+        for path in (self._path, *(self._path.parent / name for name in ("samples.jsonl", "warnings.jsonl"))):
             if path.exists():
                 kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
                 replace(path, b"".join(line + b"\n" for line in kept))

@@ -259,10 +259,7 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     one, batches that do not divide.
     """
     path = find(str(name))
-    raw = parse(path)
-    method_first = sorted(overrides or [], key=lambda text: not text.partition("=")[0].endswith("adapter.method"))
-    for override in method_first:
-        _override(raw, override)
+    raw = written(path, overrides)
     stages_raw = raw.pop("stages", None)
     if not isinstance(stages_raw, dict) or not stages_raw:
         raise UserError(
@@ -277,6 +274,15 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
         recipe.stages[str(stage)] = _stage(recipe, raw, str(stage), block)
     _check(recipe)
     return recipe
+
+
+def written(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A recipe as it is written, with `overrides` laid over it, not checked further."""
+    raw = parse(path)
+    method_first = sorted(overrides or [], key=lambda text: not text.partition("=")[0].endswith("adapter.method"))
+    for override in method_first:
+        _override(raw, override)
+    return raw
 
 
 def parse(path: Path) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class Loop:
     best: float | None = None
     best_step: int = 0
     stale: int = 0
+    tracker: Tracker | None = None
 
     def __post_init__(self) -> None:
         self.kl = Controller.from_block(self.block.kl)
@@ -82,7 +83,7 @@ class Loop:
     def run(self, tracker: Tracker) -> None:
         """Steps from where the loop stands to the end. Raises Stopped after saving when asked to stop, and Trouble when
         training cannot go on."""
-        block = self.block
+        block, self.tracker = self.block, tracker
         if block.early_stopping and self.stale >= block.early_stopping:
             return  # resumed from the checkpoint at which training ended early
         for step in range(self.step, block.steps):
@@ -282,6 +283,8 @@ class Loop:
     def _tell(self, message: str) -> None:
         if self.context.is_main:
             print(f"{self.context.stage}  step {self.step}  {message}", file=sys.stderr, flush=True)
+            if self.tracker is not None:
+                self.tracker.warn(self.step, message)
 
     def fail(self, batch: dict[str, Tensor] | None, step: int, reason: str) -> NoReturn:
         """Save the batch, by field, for inspection and raise Trouble. Every rank calls it with the same reason."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.report.read import read_run
 from tests.support import tiny
 from tests.support.session import Ranks
 
@@ -49,6 +50,8 @@ def test_reward_that_fails_later(ranks: Callable[[int], Ranks], tiny_llama: Path
     assert "stage ppo, step 4: " in said
     assert "function:reward_under_test:score" in said
     assert "Traceback" not in said
+    assert read_run(run)["stages"]["ppo"]["why"].startswith("stage ppo, step 4: ")
+    assert "stage ppo, step 4: " in (run / "report.html").read_text()
     saved = torch.load(run / "ppo" / "trouble" / "step-4.pt", weights_only=True)
     assert saved["tokens"].shape[0] == 8, "the rollout of both ranks"
     assert [p.name for p in (run / "ppo" / "checkpoints").glob("step-*")] == ["step-3"]
@@ -61,3 +64,6 @@ def test_reward_that_fails_later(ranks: Callable[[int], Ranks], tiny_llama: Path
         line.split('"step": ')[1].split(",")[0] for line in (run / "ppo" / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == ["1", "2", "3", "4", "5"]
+    view = read_run(run)
+    assert (view["state"], view["stages"]["ppo"]["launches"], view["stages"]["reward"]["state"]) == ("done", 2, "done")
+    assert view["command"][1:] == command[1:]

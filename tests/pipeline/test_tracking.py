@@ -52,6 +52,7 @@ def log(folder: Path, first: int, last: int, *, resume: int = 0, **tracking: Any
         for step in range(first, last + 1):
             stream.log(step, {"loss": 10.0 - step})
             stream.samples(step, [SAMPLE])
+            stream.warn(step, "replies grow longer")
 
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -79,7 +80,7 @@ def test_a_resume_rewinds_to_its_step(tmp_path: Path) -> None:
     """Killed after step 5, resumed from the checkpoint of step 3: steps 4 and 5 are there once."""
     log(tmp_path, 1, 5)
     log(tmp_path, 4, 6, resume=3)
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
         assert [row["step"] for row in rows(tmp_path, name)] == [1, 2, 3, 4, 5, 6]
 
 

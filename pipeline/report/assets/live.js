@@ -1,0 +1,3 @@
+"use strict";
+/* Live, plotly comes last, after the page is there. */
+Relay.chartsReady();
