@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import chain, faults, handoff, launch
+from pipeline.chat.command import chat
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe, elsewhere, load, trusted
 from pipeline.config.schema import Classify, Frozen
@@ -22,8 +23,10 @@ from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
 from pipeline.data import show as data_show
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, UserError
+from pipeline.export.command import export
 from pipeline.lock import await_ranks, run_lock
 from pipeline.memory import Need
+from pipeline.serve import serve
 from pipeline.summary import results, summary
 
 commands = typer.Typer(
@@ -33,6 +36,9 @@ commands = typer.Typer(
     help="RLHF in stages under DeepSpeed, one verified checkpoint from stage to stage.",
 )
 commands.add_typer(data_show.commands, name="data")
+commands.command()(export)
+commands.command()(chat)
+commands.command()(serve)
 console = Console(highlight=False, soft_wrap=True)
 PART_TITLES = {
     "adapters": "adapt",
@@ -268,32 +274,6 @@ def show(
         for key, value in manifest["metrics"].items():
             table.add_row(key, f"{value:.4g}")
         console.print(table)
-
-
-@commands.command()
-def export(
-    recipe: RecipeName,
-    stage: Annotated[str, typer.Argument(help="a stage that published an adapter")],
-    to: Annotated[Path, typer.Option("--to", help="a folder that is not there yet")],
-    run_dir: RunDir = None,
-    overrides: Overrides = None,
-    task: Task = None,
-    method: Method = None,
-    data: Folder = None,
-) -> None:
-    """Write a stage's adapter as a plain LoRA, for programs that know LoRA alone; refused where no LoRA equals it."""
-    from pipeline.adapters.as_lora import convert
-
-    loaded, folder, _ = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), None)
-    if stage not in loaded.stages:
-        raise UserError(f"stage {stage}", "no such stage", expected="one of: " + ", ".join(loaded.stages))
-    if to.exists():
-        raise UserError(f"--to {to}", "it is there already", expected="a new folder")
-    baton = handoff.open_baton(folder / stage)
-    if not baton.is_adapter:
-        raise UserError(str(baton.path), "a full model, not an adapter", fix="use it as it is")
-    convert(baton, to)
-    console.print(f"{to}: {baton.adapter.method} of {stage} as LoRA")
 
 
 @commands.command()
