@@ -39,16 +39,15 @@ def serve(
     baton = open_model(folder, stage, POLICIES)
     tell_of_code(baton)
     exported = cached(folder, baton, dtype)
-    print(
-        f"{baton.manifest['stage']} ({baton.content_hash[:12]}) at http://{host}:{port}/v1, from {exported}", flush=True
-    )
+    print(f"{exported} at http://{host}:{port}/v1 as model {exported.name}", flush=True)
     asked = command(exported, host, port, trust=model.held(baton).trust_remote_code)
+    os.chdir(exported.parent)
     os.execv(asked[0], asked)  # nosec B606 # the memory that merging took is given back
 
 
 def command(exported: Path, host: str, port: int, *, trust: bool) -> list[str]:
-    """The command line that serves an exported model and no other."""
-    start = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(exported)]
+    """The command line that serves an exported model and no other, from the folder above it: clients ask for it by its name."""
+    start = [sys.executable, "-m", "transformers.cli.transformers", "serve", exported.name]
     return [*start, "--host", host, "--port", str(port), *(["--trust-remote-code"] if trust else [])]
 
 

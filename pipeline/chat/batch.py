@@ -8,21 +8,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat.speakers import Asked, Full, Settings, Speaker
+from pipeline.chat.speakers import Asked, Full, Settings, Speaker, new_lines
 from pipeline.data.read import Bad, rows
 from pipeline.data.row import Skip
 from pipeline.errors import UserError
 
 
-def prompts(file: Path) -> list[str | list[Any]]:
-    """The prompts of a text file, one a line, or of any data file: the rows' `prompt` (a text or messages) or `messages`.
+def prompts(file: Path, raw: bool) -> list[str | list[Any]]:
+    """The prompts of a text file, one a line, or of any data file: the rows' `prompt` (a text or messages) or `messages`. In a
+    line that goes `raw` to the model, \\n stands for a new line.
 
     Raises UserError for a row that has neither.
     """
     if not file.is_file():
         raise UserError(f"--batch {file}", "no such file")
     if file.suffix in (".txt", ""):
-        found: list[Any] = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        found: list[Any] = [new_lines(line) if raw else line for line in lines]
     else:
         found = []
         for row in rows(str(file)):
@@ -41,7 +43,7 @@ def answer(
 ) -> None:
     """Write a JSON line for each prompt, `{"prompt": …, "replies": {stage: …}}`, to the new file `to` or standard output, a
     batch at a time."""
-    given = prompts(file)
+    given = prompts(file, raw)
     asked = [_asked(prompt, system, raw) for prompt in given]
     room, size = settings.sampling.max_response_length, settings.sampling.batch
     for number, one in enumerate(asked, 1):

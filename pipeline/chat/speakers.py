@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from pipeline import handoff
+from pipeline import engine, handoff
 from pipeline.adapters import build
 from pipeline.config.recipe import BASE
 from pipeline.config.schema import Base, Sampling
@@ -53,6 +54,11 @@ class Voice:
     content: tuple[str, str | None]
     adapter: Path | None
     tokenizer: Path
+
+
+def new_lines(typed: str) -> str:
+    """A line as it was typed, with new lines where it has \\n."""
+    return typed.replace("\\n", "\n")
 
 
 class Full(Exception):
@@ -130,6 +136,7 @@ class Pieces(TextStreamer):
 
 def speakers(folder: Path, first: Baton, other: str | None, kinds: frozenset[str]) -> list[Speaker]:
     """The speaker of `first`, and beside it that of stage `other` of the same run, or of the base below `first`."""
+    engine.quiet()
     voices = [_voice(first)]
     if other == BASE:
         voices.append(_below(first))
@@ -137,6 +144,9 @@ def speakers(folder: Path, first: Baton, other: str | None, kinds: frozenset[str
         voices.append(_voice(open_model(folder, other, kinds)))
     toks = [load.tokenizer(str(voice.tokenizer), trust=voice.base.trust_remote_code) for voice in voices]
     trunks: list[Any] = []
+    if len(voices) > 1 and not _shares(*voices):
+        names = " and ".join(voice.name for voice in voices)
+        print(f"{names} share no base, or have adapters of two kinds: both are loaded whole", file=sys.stderr)
     for voice, tok in zip(voices, toks, strict=True):
         shared = bool(trunks) and _shares(*voices)
         trunk = trunks[0] if shared else load.causal(voice.base, tok, sharded=False)

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.chat.speakers import Asked, Full, Settings, Speaker
+from pipeline.chat.speakers import Asked, Full, Settings, Speaker, new_lines
 from pipeline.data.row import Skip
 
 HELP = """\
@@ -42,7 +42,7 @@ class Conversation:
         self.turns = [list(opening) for _ in self.speakers]
 
     def asked(self, place: int, line: str) -> Asked:
-        return line.replace("\\n", "\n") if self.raw else [*self.turns[place], {"role": "user", "content": line}]
+        return new_lines(line) if self.raw else [*self.turns[place], {"role": "user", "content": line}]
 
     def answer(self, line: str, tell: Callable[[int, str], None]) -> None:
         """Every speaker's answer to `line`, one after the other; `tell` is given the speaker's number and a piece of text.

@@ -229,7 +229,7 @@ def _one_line(value: Any) -> str:
 
 def _text(value: Any) -> str:
     """Any value as plain text inside a line of Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", _one_line(value))
+    return re.sub(r"([\\`*_\[\]<|&~$])", r"\\\1", _one_line(value))
 
 
 def _code(value: Any) -> str:

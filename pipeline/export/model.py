@@ -79,8 +79,10 @@ def stored_in(folder: Path) -> Dtype:
 
 
 def _merged(baton: Baton, folder: Path, dtype: Dtype | None, shard: str) -> None:
+    from pipeline import engine
     from pipeline.model import load
 
+    engine.quiet()
     base = held(baton)
     base = base.model_copy(update={"dtype": dtype or base.dtype})
     task = TASKS[baton.manifest["inputs"]["block"]["task"]] if baton.manifest["kind"] == "classify" else None
@@ -97,8 +99,10 @@ def _merged(baton: Baton, folder: Path, dtype: Dtype | None, shard: str) -> None
 def _again(baton: Baton, folder: Path, dtype: Dtype, shard: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    from pipeline import engine
     from pipeline.model.load import DTYPES
 
+    engine.quiet()
     trust: dict[str, Any] = {"trust_remote_code": held(baton).trust_remote_code}
     kind = AutoModelForSequenceClassification if is_classifier(baton) else AutoModelForCausalLM
     model = kind.from_pretrained(baton.path, dtype=DTYPES[dtype], **trust)  # nosec B615 # a folder
