@@ -54,7 +54,9 @@ def answer(
                 raise UserError(
                     f"--batch {file}: prompt {number}",
                     f"{error}: no room for {room} more",
-                    fix="lower --max-new-tokens, or shorten the prompt",
+                    fix=f"--max-new-tokens {left}"
+                    if (left := error.limit - error.tokens) > 0
+                    else "shorten the prompt",
                 ) from None
             except Skip as error:
                 raise UserError(f"--batch {file}: prompt {number}", str(error)) from None

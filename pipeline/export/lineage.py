@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from pipeline.config.kinds import POLICIES
 from pipeline.data.read import hub_fingerprint, is_hub_id
 from pipeline.handoff import OUTPUT, Baton
@@ -94,7 +96,7 @@ def licence(name: str, revision: str | None = None, *, dataset: bool = False) ->
     try:
         card = (DatasetCard if dataset else ModelCard).load(name if dataset or not place.is_file() else place)
         said = card.data.get("license")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, YAMLError):
         return UNKNOWN
     listed = said if isinstance(said, list) else [said]
     return ", ".join(str(one) for one in listed if one) or UNKNOWN
