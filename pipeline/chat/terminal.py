@@ -68,8 +68,8 @@ class Conversation:
         finally:
             self.answered += 1
             for place, asked in enumerate(questions):
-                if not self.raw:
-                    self.turns[place] = [*asked, {"role": "assistant", "content": said[place]}]
+                if said[place] and not self.raw:
+                    self.turns[place] = [*asked, {"role": "assistant", "content": said[place].strip()}]
 
 
 def talk(conversation: Conversation) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.export import lineage
+from pipeline.export import lineage, model
 from pipeline.export.lineage import UNKNOWN, Lineage
 from pipeline.handoff import ADAPTER_CONFIG, Baton
 from pipeline.published import CLASSIFIERS
@@ -79,7 +79,7 @@ def _loading(found: Lineage, baton: Baton, folder: Path, form: str) -> str:
     if form == "full":
         lines += ["model = " + auto + '.from_pretrained("this folder", dtype="auto")']
     else:
-        labels = ", num_labels=1" if found.stage["kind"] == "reward" else ""
+        labels = f", num_labels={len(model.labels(baton)) or 1}" if _classifies(found) else ""
         readme = baton.path / "README.md"
         more = readme.read_text(encoding="utf-8").partition("\n")[2].strip() if readme.is_file() else ""
         if "import pipeline.adapters" in more:
@@ -144,36 +144,22 @@ def _results(run: Path, baton: Baton, found: Lineage) -> str:
     return "\n\n".join(parts) or "Nothing was measured."
 
 
+AMOUNTS = ("steps", "epochs", "batch", "rollout_batch", "lr")
+
+
 def _training(found: Lineage) -> str:
     rows = []
     for name, stage in found.chain.items():
         if stage["base"] is None:
             continue
-        block, base = stage["inputs"]["block"], stage["inputs"]["block"]["base"]
-        options = {
-            k: v for k, v in (block["adapter"] or {}).items() if k != "method" and isinstance(v, int | float | str)
-        }
-        adapter = ", ".join(
-            [
-                str(stage["adapter"]),
-                *(
-                    f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-                    for key, value in options.items()
-                ),
-            ]
-        )
-        amount = ", ".join(
-            f"{key} {block[key]:g}"
-            for key in ("steps", "epochs", "batch", "rollout_batch", "lr")
-            if isinstance(block.get(key), int | float)
-        )
-        precision = base["dtype"] + (f" on {base['quantization']}" if base["quantization"] else "")
+        block = stage["inputs"]["block"]
+        base, options = block["base"], {key: value for key, value in block["adapter"].items() if key != "method"}
         rows.append(
             [
                 _code(name),
-                _text(adapter),
-                _text(amount),
-                precision,
+                _text(", ".join([str(stage["adapter"]), *_told(options)])),
+                _text(", ".join(_told({key: block.get(key) for key in AMOUNTS}))),
+                base["dtype"] + (f" on {base['quantization']}" if base["quantization"] else ""),
                 f"ZeRO-{stage['zero_stage']}",
                 str(stage["world_size"]),
                 str(stage["seed"]),
@@ -182,13 +168,20 @@ def _training(found: Lineage) -> str:
     return _table(["stage", "adapter", "amount", "precision", "sharding", "ranks", "seed"], rows)
 
 
+def _told(settings: dict[str, Any]) -> list[str]:
+    """Each setting that is a number or a word, after its name."""
+    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in settings.items()}
+    return [f"{key} {value}" for key, value in shown.items() if isinstance(value, int | str)]
+
+
 def _licences(found: Lineage) -> dict[str, str]:
     """By what it is of: the base, then each source of data."""
-    told = {"the base": lineage.licence(found.base["model"], found.base["revision"])}
+    cards = lineage.Licences()
+    told = {"the base": cards.of_model(found.base["model"], found.base["revision"])}
     for source in found.data():
         name = source.path if source.on_hub else _name(source.path)
         if not source.path.startswith("stage "):
-            told[name] = lineage.licence(source.path, dataset=True) if source.on_hub else UNKNOWN
+            told[name] = cards.of_data(source.path) if source.on_hub else UNKNOWN
     return told
 
 

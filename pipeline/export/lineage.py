@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,21 +85,49 @@ def hub_id(model: str) -> str | None:
     return None if Path(model).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) else model
 
 
-def licence(name: str, revision: str | None = None, *, dataset: bool = False) -> str:
-    """What the card of a model (a folder, or an id on the hub) or of a data set on the hub says; `unknown` if nothing does."""
-    from huggingface_hub import DatasetCard, ModelCard
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+class Licences:
+    """What the cards of models and data sets say of their licences; `unknown` where nothing does.
 
-    place = Path(name) / "README.md"
-    if not dataset and Path(name).is_dir() and not place.is_file():
-        return UNKNOWN
-    try:
-        card = (DatasetCard if dataset else ModelCard).load(name if dataset or not place.is_file() else place)
-        said = card.data.get("license")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, YAMLError):
-        return UNKNOWN
-    listed = said if isinstance(said, list) else [said]
-    return ", ".join(str(one) for one in listed if one) or UNKNOWN
+    The hub is asked once for each; when it cannot be reached it is not asked again.
+    """
+
+    def __init__(self) -> None:
+        self._reached = True
+
+    def of_model(self, model: str, revision: str | None = None) -> str:
+        """Of a base: of a folder by the README.md in it, else of an id on the hub."""
+        from huggingface_hub import ModelCard
+
+        if hub_id(model) is not None:
+            return self._asked(lambda api: api.model_info(model, revision=revision, timeout=10))
+        file = Path(model) / "README.md"
+        try:
+            return _listed(ModelCard.load(file).data.get("license")) if file.is_file() else UNKNOWN
+        except (OSError, ValueError, YAMLError):
+            return UNKNOWN
+
+    def of_data(self, name: str) -> str:
+        """Of a data set on the hub."""
+        return self._asked(lambda api: api.dataset_info(name, timeout=10))
+
+    def _asked(self, ask: Callable[[Any], Any]) -> str:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if not self._reached:
+            return UNKNOWN
+        try:
+            card = ask(HfApi()).card_data
+        except HfHubHTTPError:  # no such model, or none that we may see
+            return UNKNOWN
+        except Exception:  # no network: the library raises what its parts raise
+            self._reached = False
+            return UNKNOWN
+        return _listed(card.get("license")) if card else UNKNOWN
+
+
+def _listed(said: Any) -> str:
+    return ", ".join(str(one) for one in (said if isinstance(said, list) else [said]) if one) or UNKNOWN
 
 
 def _made_here(folder: Path, model: str) -> bool:

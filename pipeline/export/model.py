@@ -67,6 +67,12 @@ def is_classifier(baton: Baton) -> bool:
     return baton.manifest["kind"] in CLASSIFIERS
 
 
+def labels(baton: Baton) -> tuple[str, ...]:
+    """The classes of a classify stage; none for a score, a number or a policy."""
+    task = baton.manifest["inputs"]["block"].get("task")
+    return TASKS[task].labels if task is not None else ()
+
+
 def held(baton: Baton) -> Base:
     """The base as the stage's recipe had it: its precision, and whether code of its own may run."""
     return Base.model_validate(baton.manifest["inputs"]["block"]["base"])
@@ -85,13 +91,12 @@ def _merged(baton: Baton, folder: Path, dtype: Dtype | None, shard: str) -> None
     engine.quiet()
     base = held(baton)
     base = base.model_copy(update={"dtype": dtype or base.dtype})
-    task = TASKS[baton.manifest["inputs"]["block"]["task"]] if baton.manifest["kind"] == "classify" else None
     load.materialise(
         base,
         baton,
         folder,
         kind="classifier" if is_classifier(baton) else "causal",
-        labels=task.labels if task else (),
+        labels=labels(baton),
         shard=shard,
     )
 

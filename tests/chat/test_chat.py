@@ -72,7 +72,7 @@ def user(text: str) -> dict[str, str]:
 def test_turns_are_answered_and_remembered_until_reset(talk: Talk, run: Path) -> None:
     output = run / "ppo" / "output"
     first = said(output, [user("hello")])
-    answer = {"role": "assistant", "content": first}
+    answer = {"role": "assistant", "content": first.strip()}
     second = said(output, [user("hello"), answer, user("and then?")])
     found = talk(["hello", "and then?", "/reset", "and then?", "/quit", "never read"])
     assert "\n".join(found) == "\n".join([first, second, "(forgotten)", said(output, [user("and then?")])])
@@ -95,7 +95,9 @@ def test_two_models_on_one_base(talk: Talk, run: Path, monkeypatch: pytest.Monke
     for stage in ("ppo", "sft"):
         output = run / stage / "output"
         first = said(output, [user("In winter,")])
-        parts.append((first, said(output, [user("In winter,"), {"role": "assistant", "content": first}, user("and?")])))
+        parts.append(
+            (first, said(output, [user("In winter,"), {"role": "assistant", "content": first.strip()}, user("and?")]))
+        )
     (ppo, then_ppo), (sft, then_sft) = parts
     assert found == f"ppo: {ppo}\nsft: {sft}\nppo: {then_ppo}\nsft: {then_sft}"
     assert ppo != sft
@@ -179,7 +181,7 @@ def test_a_file_of_prompts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ({"batch": "bad.jsonl"}, "bad.jsonl, row 1: no `prompt` and no `messages`"),
         (
             {"batch": "long.txt"},
-            r"prompt 1: \d+ tokens, and the model's context holds 128: no room[\s\S]*fix: --max-new-tokens \d+",
+            r"prompt 1: \d+ tokens, and the model's context holds 128[\s\S]*fix: --max-new-tokens \d+",
         ),
         ({"top_p": 0.0}, "--top-p 0: it leaves no token"),
     ],

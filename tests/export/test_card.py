@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 from pipeline import handoff
+from pipeline.data.read import hub_fingerprint
 from pipeline.export import card, lineage
 from pipeline.export.command import export
-from tests.support import published
+from tests.support import hub, published
 
 Export = Callable[..., Path]
 EVIL = "x\n---\nlicense: mit\n---\n| <script>alert(1)</script> `a` | [b](http://c) \x1b[31m"
@@ -98,7 +101,46 @@ def test_licences_of_a_base_that_tells(tmp_path: Path) -> None:
     assert front(text)["license"] == "apache-2.0"
     assert ["the base", "apache-2.0"] in tables(text)
     (base / "README.md").write_text("---\nlicense: [\n---\n")
-    assert lineage.licence(str(base)) == "unknown"
+    assert lineage.Licences().of_model(str(base)) == "unknown"
+
+
+def test_a_base_and_data_from_the_hub(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named in the front matter, with the licences that their cards tell; a folder that looks like an id is none."""
+    said = {"org/base": "---\nlicense: llama3\n---\n", "org/rows": "---\nlicense: [mit, cc0-1.0]\n---\n"}
+    baton = handoff.open_baton(run / "sft")
+    sources = [
+        {"path": "org/rows", "sha256": hub_fingerprint("org/rows"), "rows": 9},
+        {"path": "org/silent", "sha256": hub_fingerprint("org/silent", "v1", "test"), "rows": 9},
+        {"path": "mine/rows", "sha256": "0" * 64, "rows": 9},
+    ]
+    block = baton.manifest["inputs"]["block"]
+    block = {**block, "data": [{"path": "org/silent", "revision": "v1", "split": "test", "subset": None}]}
+    base = {"model": "org/base", "revision": None, "content_hash": "b" * 64, "quantization": None}
+    manifest = {**baton.manifest, "inputs": {"block": block}, "data": sources, "base": base}
+    (tmp_path / "out").mkdir()
+    with hub.serving() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        server.repos |= {n: {"private": False, "files": {"README.md": text.encode()}} for n, text in said.items()}
+        card.write(run, handoff.Baton(baton.path, manifest), tmp_path / "out", form="adapter")
+    text = (tmp_path / "out" / "README.md").read_text()
+    found = front(text)
+    assert (found["base_model"], found["base_model_relation"]) == ("org/base", "adapter")
+    assert found["datasets"] == ["org/rows", "org/silent"]
+    assert found["license"] == "llama3"
+    rows = tables(text)
+    assert ["`org/rows`", "mit, cc0-1.0"] in rows
+    assert ["`org/silent`", "unknown"] in rows
+    assert ["`mine/rows`", "unknown"] in rows
+    assert sorted(server.asked) == ["org/base", "org/rows", "org/silent"]
+
+
+def test_a_hub_that_is_not_there_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        began, cards = time.monotonic(), lineage.Licences()
+        assert [cards.of_model("org/base"), *(cards.of_data(f"org/{n}") for n in range(50))] == ["unknown"] * 51
+    assert time.monotonic() - began < 10
 
 
 def test_what_a_run_says_is_data(run: Path, tmp_path: Path) -> None:

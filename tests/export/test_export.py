@@ -26,8 +26,11 @@ from transformers import (
 )
 
 from pipeline import handoff
+from pipeline.adapters import build
+from pipeline.config.schema import Adapter, Base
 from pipeline.errors import UserError
 from pipeline.export.command import export
+from pipeline.model import begin
 from tests.support import published, tiny
 
 BASE = tiny.QUICKSTART / "base"
@@ -315,3 +318,28 @@ def test_nothing_is_left_of_an_export_that_fails(run: Path, tmp_path: Path, monk
     with pytest.raises(OSError, match="No space left"):
         export(str(run), "ppo", to=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_of_classes(tmp_path: Path) -> None:
+    """Merged, with the task's names; the adapter's card says how many classes the base needs."""
+    names = {"num_labels": 2, "id2label": {0: "entailment", 1: "not_entailment"}}
+    model = AutoModelForSequenceClassification.from_pretrained(BASE, dtype=torch.float32, **names)
+    torch.manual_seed(3)
+    model = build.attach(model, Adapter(method="lora", r=4, alpha=8.0), "SEQ_CLS", steps=1)
+    with torch.no_grad():
+        for parameter in build.trained(model, "default"):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tok = AutoTokenizer.from_pretrained(BASE)
+    record = {"model": str(BASE), "revision": None, "content_hash": handoff.model_hash(str(BASE)), "quantization": None}
+    adapter, held = Adapter(method="lora", r=4, alpha=8.0), Base(model=str(BASE), dtype="fp32")
+    block = {"task": "rte", "adapter": adapter.model_dump(mode="json"), "base": held.model_dump(mode="json")}
+    facts = {"stage": "glue", "kind": "classify", "recipe": "glue-rte", "inputs": {"block": block}, "base": record}
+    facts |= {"adapter": "lora", "parents": {}, "data": [], "metrics": {}, "versions": {}}
+    facts |= {"seed": 0, "world_size": 1, "zero_stage": 0}
+    handoff.publish(tmp_path / "run" / "glue", begin.writer(model, tok, record), facts)
+    export(str(tmp_path / "run"), "glue", merge=True, to=tmp_path / "full")
+    export(str(tmp_path / "run"), "glue", to=tmp_path / "adapter")
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "full", dtype="auto")
+    assert found.config.id2label == names["id2label"]
+    torch.testing.assert_close(logits(found), logits(model), atol=1e-5, rtol=0)
+    assert 'from_pretrained("the base", num_labels=2)' in (tmp_path / "adapter" / "README.md").read_text()

@@ -1,5 +1,5 @@
-"""A server on this machine that speaks as much of the Hugging Face hub's HTTP interface as making a repository, looking at it
-and uploading a folder take: regular files in the commit, large ones by Git LFS."""
+"""A server on this machine that speaks as much of the Hugging Face hub's HTTP interface as making a repository, looking at it,
+what its card says, and uploading a folder (regular files in the commit, large ones by Git LFS) take."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import yaml
 
 LARGE = (".safetensors", ".gguf")
 
@@ -26,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}
         self.tokens: set[str | None] = set()
         self.validated: list[str] = []
+        self.asked: list[str] = []
         self.refuses: int | None = None
 
     @property
@@ -86,9 +89,13 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {})
 
     def do_GET(self) -> None:
-        name = self.path.partition("?")[0].removeprefix("/api/models/").partition("/revision/")[0]
+        name = self.path.partition("?")[0].removeprefix("/api/").partition("/")[2].partition("/revision/")[0]
         repo = self.server.repos.get(name)
-        found = {"id": name, "modelId": name, "sha": "c" * 40, "private": repo["private"], "tags": []} if repo else {}
+        found = {"id": name, "modelId": name, "sha": "c" * 40, "tags": [], "private": repo["private"]} if repo else {}
+        card = repo["files"].get("README.md", b"").decode() if repo else ""
+        if card.startswith("---\n"):
+            found["cardData"] = yaml.safe_load(card.split("---\n")[1])
+        self.server.asked += [name] if name else []
         self.reply(200 if repo else 404, found)
 
     def body(self) -> bytes:
