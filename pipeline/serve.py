@@ -62,7 +62,11 @@ def cached(folder: Path, baton: Baton, dtype: Dtype | None = None) -> Path:
             model.full(baton, fresh, dtype=dtype)
             card.write(folder, baton, fresh, form="full")
 
-        whole(target, fill)
+        try:
+            whole(target, fill)
+        except OSError:
+            if not target.is_dir():  # another one made it meanwhile
+                raise
     return target
 
 

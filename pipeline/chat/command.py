@@ -44,6 +44,8 @@ def chat(
         )
     folder = run_folder(run, run_dir)
     baton = open_model(folder, stage, POLICIES)
+    if compare == baton.manifest["stage"]:
+        raise UserError(f"--compare {compare}", "it is the model itself", expected="another stage, or base")
     tell_of_code(baton)
 
     from pipeline.chat import batch as batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,10 @@ def export(
     baton = open_model(folder, stage)
     full = merge or as_gguf or not baton.is_adapter
     target = to or Path("exports") / f"{folder.resolve().name}-{baton.manifest['stage']}"
+    _check_together(private and repo is None, gguf_type if not as_gguf else None, shard)
     _check(baton, target, full=full, lora=lora, dtype=dtype, shard=shard)
+    if as_gguf and model.is_classifier(baton):
+        raise UserError("--gguf", f"stage {baton.manifest['stage']} published a classifier", expected="a policy")
     start = gguf.converter() if as_gguf else []
     if repo is not None:
         _check_push(baton, repo, full=full)
@@ -94,6 +98,16 @@ def tell_of_code(baton: Baton) -> None:
     """Say so where the base comes with Python code that will run."""
     if model.held(baton).trust_remote_code:
         print(f"Python code that comes with {baton.base} will be run (trust_remote_code)", flush=True)
+
+
+def _check_together(private: bool, gguf_type: str | None, shard: str | None) -> None:
+    """Refuse an option without the one that it belongs to, and a size that is none."""
+    if private:
+        raise UserError("--private", "nothing is pushed", fix="--push-to-hub OWNER/NAME")
+    if gguf_type is not None:
+        raise UserError(f"--gguf-type {gguf_type}", "no GGUF file is asked for", fix="add --gguf")
+    if shard is not None and not re.fullmatch(r"[1-9]\d*[KMGT]B", shard):
+        raise UserError(f"--max-shard-size {shard}", "no size", expected="such as 2GB or 500MB")
 
 
 def _check(baton: Baton, target: Path, *, full: bool, lora: bool, dtype: Dtype | None, shard: str | None) -> None:

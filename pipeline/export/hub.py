@@ -24,7 +24,6 @@ def check(repo: str) -> None:
 def push(folder: Path, repo: str, *, private: bool) -> str:
     """Make the repository if it is not there, upload the folder in one commit, and return the commit's address."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     where = f"--push-to-hub {repo}"
@@ -34,6 +33,8 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         if private and not api.model_info(repo).private:
             raise UserError(where, "it is there already and public", expected="a private repository", fix=later)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported by Relay"))
-    except (HfHubHTTPError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the library raises what its parts raise: its own, OSError, those of its HTTP client
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(where, f"the hub said: {' '.join(reason[:3])}", fix=later) from None
+        raise UserError(where, f"the hub did not take it: {' '.join(reason[:3])}", fix=later) from None

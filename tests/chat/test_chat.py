@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.chat import terminal
 from pipeline.chat.command import chat
 from pipeline.chat.terminal import plain
 from pipeline.data.templates import PLAIN
@@ -173,6 +174,7 @@ def test_a_file_of_prompts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     ("asked", "words"),
     [
         ({"stage": "reward"}, "of kind reward, which publishes a classifier"),
+        ({"compare": "ppo"}, "--compare ppo: it is the model itself"),
         ({"compare": "sfft"}, "stage sfft: not published"),
         ({"to": "new"}, "--to .*new: there is no --batch"),
         ({"batch": "p.txt", "to": "old"}, "--to .*old: it is there already"),
@@ -256,3 +258,24 @@ def test_in_a_terminal(run: Path) -> None:
 def test_the_default_stage_is_the_last_policy(run: Path) -> None:
     with pytest.raises(UserError, match="3 policies that no other was made from: packed, ppo, whole"):
         open_model(run, None)
+
+
+def test_ctrl_c_stops_an_answer_and_what_was_said_stays(talk: Talk, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes as the first piece is shown."""
+    real, fired = terminal._say, []
+
+    def say(text: str) -> None:
+        real(text)
+        if text.strip() and not fired:
+            fired.append(text)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(terminal, "_say", say)
+    first, told, *second = talk(["In winter,", "and?"], longest=40)
+    output = run / "ppo" / "output"
+    whole = said(output, [user("In winter,")], 40)
+    assert whole.startswith(first)
+    assert 0 < len(first) < len(whole)
+    assert told == "(Ctrl-C again, Ctrl-D or /quit leaves)"
+    turns = [user("In winter,"), {"role": "assistant", "content": first.strip()}, user("and?")]
+    assert "\n".join(second) == said(output, turns, 40)

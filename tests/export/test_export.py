@@ -268,6 +268,9 @@ def test_a_lora_that_is_one_already(exported: Export) -> None:
         ({"lora": True, "merge": True}, "--lora: a full model is asked for too"),
         ({"stage": "whole", "lora": True}, "--lora: its stage published a full model"),
         ({"to": "HERE"}, "it is there already"),
+        ({"private": True}, "--private: nothing is pushed"),
+        ({"gguf_type": "q8_0"}, "--gguf-type q8_0: no GGUF file is asked for"),
+        ({"merge": True, "shard": "big"}, "--max-shard-size big: no size"),
     ],
 )
 def test_refused(run: Path, tmp_path: Path, asked: dict[str, Any], words: str) -> None:

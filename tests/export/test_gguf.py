@@ -61,6 +61,8 @@ def test_the_converter_is_given_the_merged_model(run: Path, tmp_path: Path, monk
 
 def test_what_the_converter_says_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, fails=True)
+    with pytest.raises(UserError, match="--gguf: stage reward published a classifier"):
+        export(str(run), "reward", to=tmp_path / "out", as_gguf=True)
     with pytest.raises(UserError, match="exit code 1: BPE pre-tokenizer was not recognized"):
         export(str(run), "ppo", to=tmp_path / "out", as_gguf=True)
     assert [p.name for p in tmp_path.iterdir()] == ["bin"]

@@ -52,7 +52,7 @@ def test_a_public_repository_does_not_become_private(server: hub.Hub, run: Path,
 
 def test_a_hub_that_refuses(server: hub.Hub, run: Path, tmp_path: Path) -> None:
     server.refuses = 403
-    with pytest.raises(UserError, match=r"the hub said: .*403[\s\S]*hf upload other/story") as error:
+    with pytest.raises(UserError, match=r"the hub did not take it: .*403[\s\S]*hf upload other/story") as error:
         export(str(run), "whole", to=tmp_path / "out", repo="other/story")
     assert TOKEN not in str(error.value)
     assert (tmp_path / "out" / "model.safetensors").is_file()
