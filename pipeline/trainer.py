@@ -312,7 +312,12 @@ class Bridge(TrainerCallback):
             folder = self.context.checkpoints / f"checkpoint-{state.global_step}"
             if self.allocation is not None:
                 self.allocation.save(folder)
-            facts = {"step": state.global_step, "finished": finished, "sizes": self.context.sizes, "tokens": self.seen()}
+            facts = {
+                "step": state.global_step,
+                "finished": finished,
+                "sizes": self.context.sizes,
+                "tokens": self.seen(),
+            }
             checkpoint.complete(folder, facts)
             checkpoint.rotate(self.context.checkpoints, self.keep, best)
 

@@ -61,6 +61,13 @@ def new_lines(typed: str) -> str:
     return typed.replace("\\n", "\n")
 
 
+Tell = Callable[[str], None]
+
+
+class Stopped(Exception):
+    """An answer was ended before its end."""
+
+
 class Full(Exception):
     """A conversation that leaves no room for an answer; `tokens` of it, `limit` in all."""
 
@@ -86,14 +93,13 @@ class Speaker:
             raise Full(whole, self.limit)
         return found
 
-    def stream(self, asked: Asked, settings: Settings, number: int, tell: Callable[[str], None]) -> str:
-        """The answer; `tell` is given its pieces as they come. KeyboardInterrupt ends it early, and is raised again after what
-        was said has been told."""
+    def stream(self, asked: Asked, settings: Settings, number: int, tell: Tell, stopped: Callable[[], bool]) -> None:
+        """Answer; `tell` is given the pieces of text as they come. The answer ends early once `stopped` says so."""
         prompt, before = self.ids(asked, 1), self.roles.virtual(self.role)
         longest = settings.sampling.max_response_length
         if self.limit is not None:
             longest = min(longest, self.limit - len(before) - len(prompt))
-        pieces = Pieces(self.encoder.tokenizer, tell)
+        pieces = Pieces(self.encoder.tokenizer, tell, stopped)
         try:
             with self.roles.evaluating():
                 hf.sample(
@@ -105,10 +111,8 @@ class Speaker:
                     eos=self.eos,
                     streamer=pieces,
                 )
-        except KeyboardInterrupt:
+        except Stopped:
             pieces.end()
-            raise
-        return pieces.said
 
     def answers(self, asked: list[Asked], settings: Settings, first: int) -> list[str]:
         """An answer for each; the noise is that of the answers `first`, `first + 1` and so on of a session."""
@@ -123,14 +127,19 @@ class Speaker:
 
 
 class Pieces(TextStreamer):
-    """Hands on an answer's text as soon as it is sure how its tokens read, and keeps it."""
+    """Hands on an answer's text as soon as it is sure how its tokens read. Raises Stopped, between two tokens, once `stopped`
+    says so."""
 
-    def __init__(self, tok: Any, tell: Callable[[str], None]) -> None:
+    def __init__(self, tok: Any, tell: Tell, stopped: Callable[[], bool]) -> None:
         super().__init__(tok, skip_prompt=True, skip_special_tokens=True)
-        self.said, self._tell = "", tell
+        self._tell, self._stopped = tell, stopped
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if self._stopped():
+            raise Stopped
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.said += text
         self._tell(text)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,32 +46,29 @@ class Conversation:
     def asked(self, place: int, line: str) -> Asked:
         return new_lines(line) if self.raw else [*self.turns[place], {"role": "user", "content": line}]
 
-    def answer(self, line: str, tell: Callable[[int, str], None]) -> None:
+    def answer(self, line: str, tell: Callable[[int, str], None], stopped: Callable[[], bool]) -> None:
         """Every speaker's answer to `line`, one after the other; `tell` is given the speaker's number and a piece of text.
 
-        A conversation goes on with what was said, also where KeyboardInterrupt cut it. Raises Full, and forgets the line, where
-        one of them has no room left, and Skip where its chat template refuses the conversation.
+        A conversation goes on with what was said, also where `stopped` cut it. Raises Full, and forgets the line, where one of
+        them has no room left, and Skip where its chat template refuses the conversation.
         """
         questions = [self.asked(place, line) for place in range(len(self.speakers))]
         for speaker, asked in zip(self.speakers, questions, strict=True):
             speaker.ids(asked, 1)
-        said = [""] * len(self.speakers)
+        for place, (speaker, asked) in enumerate(zip(self.speakers, questions, strict=True)):
+            pieces: list[str] = []
 
-        def hearing(place: int) -> Callable[[str], None]:
-            def hear(piece: str) -> None:
-                said[place] += piece
+            def hear(piece: str, place: int = place, pieces: list[str] = pieces) -> None:
+                pieces.append(piece)
                 tell(place, piece)
 
-            return hear
-
-        try:
-            for place, speaker in enumerate(self.speakers):
-                speaker.stream(questions[place], self.settings, self.answered, hearing(place))
-        finally:
-            self.answered += 1
-            for place, asked in enumerate(questions):
-                if said[place] and not self.raw:
-                    self.turns[place] = [*asked, {"role": "assistant", "content": said[place].strip()}]
+            speaker.stream(asked, self.settings, self.answered, hear, stopped)
+            said = "".join(pieces).strip()
+            if said and not isinstance(asked, str):
+                self.turns[place] = [*asked, {"role": "assistant", "content": said}]
+            if stopped():
+                break
+        self.answered += 1
 
 
 def talk(conversation: Conversation) -> None:
@@ -80,20 +79,33 @@ def talk(conversation: Conversation) -> None:
         import readline  # noqa: F401 # gives `input` editing and history
 
         _say(f"{' and '.join(speaker.name for speaker in conversation.speakers)}; /help tells the commands\n")
-    interrupted = False
-    while True:
+    pressed = 0  # Ctrl-C, since the last line that was typed
+    while pressed < 2:
         try:
+            if pressed:
+                _say(f"({AGAIN})\n")
             line = _read("> " if shown else "")
             if line is None or line.strip() == "/quit":
                 return
-            interrupted = False
-            _do(conversation, line, screen, shown)
+            pressed = 0
+            with _noted() as presses:
+                _do(conversation, line, lambda: bool(presses), screen, shown)
+            pressed = len(presses)
         except KeyboardInterrupt:
             _say("\n")
-            if interrupted:
-                return
-            interrupted = True
-            _say(f"({AGAIN})\n")
+            pressed += 1
+
+
+@contextmanager
+def _noted() -> Iterator[list[int]]:
+    """Meanwhile Ctrl-C is noted in the list and raises nothing: an answer ends between two tokens, and a screen that is being
+    drawn is drawn."""
+    presses: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: presses.append(number))
+    try:
+        yield presses
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _read(prompt: str) -> str | None:
@@ -104,7 +116,7 @@ def _read(prompt: str) -> str | None:
         return None
 
 
-def _do(conversation: Conversation, line: str, screen: Console, shown: bool) -> None:
+def _do(conversation: Conversation, line: str, stopped: Callable[[], bool], screen: Console, shown: bool) -> None:
     command = line.strip()
     if not command:
         return
@@ -118,16 +130,16 @@ def _do(conversation: Conversation, line: str, screen: Console, shown: bool) -> 
     else:
         try:
             if shown and len(conversation.speakers) > 1:
-                _columns(conversation, line, screen)
+                _columns(conversation, line, stopped, screen)
             else:
-                _lines(conversation, line)
+                _lines(conversation, line, stopped)
         except Full as error:
             _say(f"(this conversation has {error}: /reset, or ask less)\n")
         except Skip as error:
             _say(f"({error})\n")
 
 
-def _lines(conversation: Conversation, line: str) -> None:
+def _lines(conversation: Conversation, line: str, stopped: Callable[[], bool]) -> None:
     """One answer after the other, each headed by its speaker where there are several."""
     speaking: list[int] = []
 
@@ -139,11 +151,11 @@ def _lines(conversation: Conversation, line: str) -> None:
             speaking.append(place)
         _say(plain(piece))
 
-    conversation.answer(line, tell)
+    conversation.answer(line, tell, stopped)
     _say("\n")
 
 
-def _columns(conversation: Conversation, line: str, screen: Console) -> None:
+def _columns(conversation: Conversation, line: str, stopped: Callable[[], bool], screen: Console) -> None:
     """Both answers side by side as they come; what does not fit the screen is shown when they have ended."""
     said = [""] * len(conversation.speakers)
 
@@ -152,17 +164,14 @@ def _columns(conversation: Conversation, line: str, screen: Console) -> None:
         found.add_row(*(Text(text.strip()) for text in said))
         return found
 
-    try:
-        with Live(table(), console=screen, transient=True, auto_refresh=False) as live:
+    with Live(table(), console=screen, transient=True, auto_refresh=False) as live:
 
-            def tell(place: int, piece: str) -> None:
-                said[place] += plain(piece)
-                live.update(table(), refresh=True)
+        def tell(place: int, piece: str) -> None:
+            said[place] += plain(piece)
+            live.update(table(), refresh=True)
 
-            conversation.answer(line, tell)
-    finally:
-        if any(said):
-            screen.print(table())
+        conversation.answer(line, tell, stopped)
+    screen.print(table())
 
 
 def plain(text: str) -> str:

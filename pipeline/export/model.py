@@ -110,6 +110,6 @@ def _again(baton: Baton, folder: Path, dtype: Dtype, shard: str) -> None:
     engine.quiet()
     trust: dict[str, Any] = {"trust_remote_code": held(baton).trust_remote_code}
     kind = AutoModelForSequenceClassification if is_classifier(baton) else AutoModelForCausalLM
-    model = kind.from_pretrained(baton.path, dtype=DTYPES[dtype], **trust)  # nosec B615 # a folder
+    model = kind.from_pretrained(baton.path, dtype=DTYPES[dtype], **trust)
     model.save_pretrained(folder, max_shard_size=shard)
-    AutoTokenizer.from_pretrained(baton.path, **trust).save_pretrained(folder)  # nosec B615 # a folder
+    AutoTokenizer.from_pretrained(baton.path, **trust).save_pretrained(folder)

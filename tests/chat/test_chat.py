@@ -220,6 +220,12 @@ class Terminal:
                 self.shown += os.read(self.master, 4096).decode(errors="replace")
         return place + len(words)
 
+    def prompted(self, start: int) -> int:
+        """Wait until the program reads a line; readline overlooks a Ctrl-C in the moment before it does."""
+        place = self.until("> ", start)
+        time.sleep(0.5)
+        return place
+
     def type(self, keys: str) -> None:
         os.write(self.master, keys.encode())
 
@@ -243,9 +249,9 @@ def test_in_a_terminal(run: Path) -> None:
         place = terminal.until("(Ctrl-C again, Ctrl-D or /quit leaves)", place)
         place = terminal.until("> ", place)
         terminal.type("/help\n")
-        place = terminal.until("forget the conversation", place)
+        place = terminal.prompted(terminal.until("forget the conversation", place))
         terminal.type("\x03")
-        place = terminal.until("(Ctrl-C again, Ctrl-D or /quit leaves)", place)
+        place = terminal.prompted(terminal.until("(Ctrl-C again, Ctrl-D or /quit leaves)", place))
         terminal.type("\x03")
         assert terminal.left() == 0
     except BaseException:
