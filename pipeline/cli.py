@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -18,15 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import chain, faults, handoff, launch, records
+from pipeline.chat.command import chat
 from pipeline.config.kinds import KINDS
-from pipeline.config.recipe import Recipe, elsewhere, find, load, trusted, written
+from pipeline.config.recipe import Recipe, elsewhere, load, trusted, written
 from pipeline.config.schema import Classify, Frozen
 from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
 from pipeline.data import show as data_show
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, UserError
+from pipeline.export.command import export
 from pipeline.lock import await_ranks, run_lock
 from pipeline.memory import Need
+from pipeline.report.command import dashboard, leave_report, report
+from pipeline.serve import serve
 from pipeline.summary import results, summary
 
 commands = typer.Typer(
@@ -36,6 +40,11 @@ commands = typer.Typer(
     help="RLHF in stages under DeepSpeed, one verified checkpoint from stage to stage.",
 )
 commands.add_typer(data_show.commands, name="data")
+commands.command()(export)
+commands.command()(chat)
+commands.command()(serve)
+commands.command()(report)
+commands.command()(dashboard)
 console = Console(highlight=False, soft_wrap=True)
 PART_TITLES = {
     "adapters": "adapt",
@@ -109,21 +118,11 @@ def run(
         @cache
         def begin() -> None:  # with the first stage that runs; where all is up to date nothing is written
             records.begin(folder, loaded, written(loaded.path, given), records.command())
-            at_end.callback(_leave_report, folder)
+            at_end.callback(leave_report, folder)
 
         for stage in wanted:
             _run_stage(loaded, stage, folder, given, begin, again=stage in again)
     summary(loaded, folder, wanted, console)
-
-
-def _leave_report(run_dir: Path) -> None:
-    """Write the run's page, however it ended. That it cannot be written changes nothing else."""
-    try:
-        from pipeline.report.page import report as write
-
-        console.print(f"report: {write([run_dir])}")
-    except Exception as error:  # whatever it is, it must not hide how the run ended
-        console.print(f"no report was written: {type(error).__name__}: {error}", markup=False)
 
 
 def _run_stage(
@@ -293,32 +292,6 @@ def show(
 
 
 @commands.command()
-def export(
-    recipe: RecipeName,
-    stage: Annotated[str, typer.Argument(help="a stage that published an adapter")],
-    to: Annotated[Path, typer.Option("--to", help="a folder that is not there yet")],
-    run_dir: RunDir = None,
-    overrides: Overrides = None,
-    task: Task = None,
-    method: Method = None,
-    data: Folder = None,
-) -> None:
-    """Write a stage's adapter as a plain LoRA, for programs that know LoRA alone; refused where no LoRA equals it."""
-    from pipeline.adapters.as_lora import convert
-
-    loaded, folder, _ = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), None)
-    if stage not in loaded.stages:
-        raise UserError(f"stage {stage}", "no such stage", expected="one of: " + ", ".join(loaded.stages))
-    if to.exists():
-        raise UserError(f"--to {to}", "it is there already", expected="a new folder")
-    baton = handoff.open_baton(folder / stage)
-    if not baton.is_adapter:
-        raise UserError(str(baton.path), "a full model, not an adapter", fix="use it as it is")
-    convert(baton, to)
-    console.print(f"{to}: {baton.adapter.method} of {stage} as LoRA")
-
-
-@commands.command()
 def verify(
     recipe: RecipeName,
     run_dir: RunDir = None,
@@ -344,51 +317,6 @@ def verify(
                     fix=f"run it again: relay run {recipe} --from {stage}",
                 )
         console.print(f"[bold]{stage}[/bold]  {len(baton.manifest['files'])} files verified  {baton.content_hash[:12]}")
-
-
-@commands.command()
-def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders, or recipes run in runs/<name>")],
-    to: Annotated[Path | None, typer.Option("--to", help="the file; default report.html in the first run")] = None,
-) -> None:
-    """Write one HTML page about a run, or about several beside each other; it opens without a network."""
-    from pipeline.report.page import report as write
-
-    console.print(f"report: {write([_run_folder(name) for name in runs], to)}")
-
-
-@commands.command()
-def dashboard(
-    runs: Annotated[Path, typer.Argument(metavar="[RUNS]", help="a folder of runs, or one run")] = Path("runs"),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8008,
-    host: Annotated[
-        str, typer.Option(help="off loopback a token is asked for: RELAY_DASHBOARD_TOKEN, or a new one")
-    ] = ("127.0.0.1"),
-) -> None:
-    """Serve the page of every run, live, on this machine."""
-    from pipeline.report.dashboard import serve
-
-    if not runs.is_dir():
-        raise UserError(f"runs {runs}", "no such folder", expected="a folder of runs, or one run", fix="ls")
-    serve(runs, host, port)
-
-
-def _run_folder(name: str) -> Path:
-    """The folder of a run: `name` itself, or runs/<name> of the recipe that `name` is. Raises UserError for neither."""
-    from pipeline.report.read import is_run
-
-    tried = [Path(name), Path("runs") / name]
-    with suppress(UserError):
-        tried.append(Path("runs") / load(find(name)).name)
-    for folder in tried:
-        if is_run(folder):
-            return folder
-    raise UserError(
-        f"run {name}",
-        "no run there: " + ", ".join(dict.fromkeys(map(str, tried))),
-        expected="a folder that `relay run` made, or a recipe that was run",
-        fix="ls runs",
-    )
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _without_auto(value: Any) -> Any:
 
 def start(seed: int, deterministic: bool = False) -> torch.device:
     """Join the process group, seed this rank, and return its device. On the CPU all arithmetic is deterministic."""
-    _quiet()
+    quiet()
     progress()
     if deterministic or get_accelerator().device_name() == "cpu":
         repeat_bits()
@@ -143,7 +143,7 @@ def _release_shared_buffer() -> None:
     Path("/dev/shm", name).unlink(missing_ok=True)  # nosec B108 # DeepSpeed's choice; nothing is read from it
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Leave the terminal to the stage's own lines: libraries speak from warnings on, and without progress bars."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()

@@ -35,9 +35,7 @@ def results(recipe: Recipe, run_dir: Path, stages: list[str]) -> Table:
         metrics = dict(manifest["metrics"])
         output = run_dir / stage / handoff.OUTPUT
         rows = (
-            _tested(metrics, output)
-            if manifest["kind"] == "evaluate"
-            else [(k, f"{v:.4g}") for k, v in metrics.items()]
+            tested(metrics, output) if manifest["kind"] == "evaluate" else [(k, f"{v:.4g}") for k, v in metrics.items()]
         )
         for number, (name, value) in enumerate(rows):
             table.add_row(stage if number == 0 else "", name, value)
@@ -45,7 +43,7 @@ def results(recipe: Recipe, run_dir: Path, stages: list[str]) -> Table:
     return table
 
 
-def _tested(metrics: dict[str, float], output: Path) -> list[tuple[str, str]]:
+def tested(metrics: dict[str, float], output: Path) -> list[tuple[str, str]]:
     """What an evaluate stage found, by its parts."""
     rows = _comparison(metrics) if "prompts" in metrics else []
     return rows + _judged(metrics) + _forgotten(_lines(output / "forgetting.jsonl"))

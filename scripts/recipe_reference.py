@@ -144,8 +144,8 @@ METHODS_TAIL = """## Opening a published adapter
 
 Adapters are PEFT directories. PEFT itself opens those of LoRA and its kin, AdaLoRA, VeRA, IA3, OFT and LN-tuning. The others'
 methods are Relay's: `import pipeline.adapters` before `PeftModel.from_pretrained`; PEFT has no way to find them by itself, so
-that each such directory has a README.md that says so. `relay export RECIPE STAGE --to DIR` writes the LoRA that equals a
-LoRA, AdaLoRA or VeRA adapter; a PiSSA adapter is published as one.
+that each such directory has a README.md that says so. `relay export RUN --stage STAGE --lora` writes the LoRA that
+equals a LoRA, AdaLoRA or VeRA adapter ([export.md](export.md)); a PiSSA adapter is published as one.
 
 ## Where Relay departs from the papers
 

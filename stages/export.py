@@ -2,19 +2,17 @@
 
 Reads a policy, an adapter or a full model; hands on a `save_pretrained` folder with its tokenizer: 4-bit weights dequantised,
 the adapter merged in float32, rounded to `dtype`. It trains nothing and runs in one process; it does not quantise and does not
-convert to other formats.
+convert to other formats; `relay export` writes a stage out for other programs.
 
     deepspeed --num_gpus 1 --module stages.export --recipe r.yaml --stage export --run-dir runs/r
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 from pipeline.config.export import Export
-from pipeline.model import load
+from pipeline.export import model
 from pipeline.stage import Context, main
 
 
@@ -24,25 +22,17 @@ def export(context: Context) -> None:
         return
     block = cast(Export, context.block)
     baton = context.batons[block.policy]
-    base = block.base.model_copy(update={"dtype": block.dtype or block.base.dtype})
-
-    write: Callable[[Path], None]
-    if baton.is_adapter:
-        baton.check_base()
-
-        def write(folder: Path) -> None:
-            load.materialise(base, baton, folder, kind="causal")
-    else:
-        tok = load.tokenizer(str(baton.path), trust=base.trust_remote_code)
-        held = base.model_copy(update={"model": str(baton.path), "revision": None, "quantization": None})
-        model = load.causal(held, tok, sharded=False)
-
-        def write(folder: Path) -> None:
-            model.save_pretrained(folder)
-            tok.save_pretrained(folder)
+    baton.check_base()
 
     record = baton.manifest["base"]
-    context.publish(write, base=record, method="full", metrics={}, counts={}, zero_stage=0)
+    context.publish(
+        lambda folder: model.full(baton, folder, dtype=block.dtype or block.base.dtype),
+        base=record,
+        method="full",
+        metrics={},
+        counts={},
+        zero_stage=0,
+    )
 
 
 if __name__ == "__main__":

@@ -70,14 +70,20 @@ def rows(
 
 def fingerprint(path: str, revision: str | None = None, split: str = "train", subset: str | None = None) -> str:
     """sha256 over the bytes of the files of `path`; of name, revision, split and subset for a hub id."""
-    hasher = hashlib.sha256()
     found = files(path, split)
+    if not found:
+        return hub_fingerprint(path, revision, split, subset)
+    hasher = hashlib.sha256()
     for file in found:
         hasher.update(file_hash(file).encode())
-    if not found:
-        hasher.update(path.encode())
-        if (revision, split, subset) != (None, "train", None):
-            hasher.update(f"\0{revision or ''}\0{split}\0{subset or ''}".encode())
+    return hasher.hexdigest()
+
+
+def hub_fingerprint(path: str, revision: str | None = None, split: str = "train", subset: str | None = None) -> str:
+    """The fingerprint of a hub id, whatever lies under that name here."""
+    hasher = hashlib.sha256(path.encode())
+    if (revision, split, subset) != (None, "train", None):
+        hasher.update(f"\0{revision or ''}\0{split}\0{subset or ''}".encode())
     return hasher.hexdigest()
 
 

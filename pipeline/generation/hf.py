@@ -40,8 +40,10 @@ def sample(
     pad: int,
     eos: list[int],
     synced: bool = False,
+    streamer: Any = None,
 ) -> Rollout:
-    """Sample one response per prompt. `synced` keeps ranks in step under ZeRO-3, where each forward is collective."""
+    """Sample one response per prompt. `synced` keeps ranks in step under ZeRO-3, where each forward is collective; a
+    `streamer` of transformers is given the tokens of a single response as they come."""
     ids, mask = left_padded(prompts, pad, model.device)
     processor = CounterSampling(sampling, keys)
     config = GenerationConfig(
@@ -55,6 +57,7 @@ def sample(
             generation_config=config,
             synced_gpus=synced,
             logits_processor=LogitsProcessorList([processor]),
+            streamer=streamer,
         )
     finally:
         model.generation_config = own

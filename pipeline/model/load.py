@@ -273,10 +273,13 @@ def _to_conv1d(model: Any, name: str) -> None:
     model.set_submodule(name, layer)
 
 
-def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
+def materialise(
+    base: Base, baton: Any, target: Any, *, kind: str, labels: Sequence[str] = (), shard: str = "50GB"
+) -> None:
     """Write the full model of an adapter baton to `target`: base in full precision, adapter merged, once.
 
-    `kind` is `causal` or `classifier`. The arithmetic is float32 and the result is in the base's dtype.
+    `kind` is `causal` or `classifier`, of `labels` where it has classes. The arithmetic is float32 and the result is in the
+    base's dtype, in files of at most `shard`.
     """
     from peft import PeftConfig, PeftModel
 
@@ -295,7 +298,8 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
     config = PeftConfig.from_pretrained(str(baton.path))
     config.task_type = None  # PEFT refuses a language model's adapter on a classifier
     with whole_weights():
-        below = (causal if kind == "causal" else classifier)(held, tok, sharded=False)
+        speaks = kind == "causal"
+        below = causal(held, tok, sharded=False) if speaks else classifier(held, tok, sharded=False, labels=labels)
         transposed = _packed_conv1d(below)
         if held.quantization is not None:  # what the adapter was trained on are the quantised weights' values
             below = below.dequantize()
@@ -311,5 +315,5 @@ def materialise(base: Base, baton: Any, target: Any, *, kind: str) -> None:
             expected="an adapter whose weights the base's architecture holds",
             fix=f"train stage {baton.manifest['stage']} with `adapter: {{method: lora}}`",
         )
-    merged.save_pretrained(target)
+    merged.save_pretrained(target, max_shard_size=shard)
     tok.save_pretrained(target)

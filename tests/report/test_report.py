@@ -50,7 +50,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert str(tmp_path / "a" / "report.html") in done.stdout
     refused = subprocess.run([*relay, str(tmp_path / "b")], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "no run there" in refused.stderr
+    assert str(tmp_path / "b") in refused.stderr
+    (tmp_path / "b").mkdir()
+    empty = subprocess.run([*relay, str(tmp_path / "b")], capture_output=True, text=True, check=False)
+    assert empty.returncode == 2
+    assert "no run in" in empty.stderr
 
 
 def test_a_finished_run(look: Look, pages: dict[str, str]) -> None:
