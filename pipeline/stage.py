@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,8 @@ from pipeline.handoff import Baton
 from pipeline.launch import STOP_FILE
 from pipeline.lifeline import die_with_parents
 from pipeline.lock import of_a_rank, run_lock
+from pipeline.report.tables import tested
+from pipeline.sinks import Published
 from pipeline.tracking import Tracker
 from pipeline.watchdog import progress, rest, watchdog
 
@@ -56,6 +58,7 @@ class Context:
     began: float = field(default_factory=time.time)
     sizes: list[dict[str, Any]] = field(default_factory=list)
     _signalled: bool = False
+    _tracker: Tracker | None = None
 
     def __post_init__(self) -> None:
         self.sizes = [{"from_step": 0, **self.size}]
@@ -120,16 +123,24 @@ class Context:
             )
 
     def tracker(self, total_steps: int, resume_step: int) -> Tracker:
-        return Tracker(
+        """The stage's metric stream. W&B and TensorBoard stay open for what is published, until the stage ends."""
+        self._tracker = Tracker(
             self.dir,
             self.recipe.header.tracking,
             run=self.recipe.name,
             stage=self.stage,
-            config=self.inputs["block"],
+            kind=self.block.kind,
+            config={**self.inputs["block"], "parents": self.inputs["parents"]},
             total_steps=total_steps,
             resume_step=resume_step,
             enabled=self.is_main,
         )
+        return self._tracker
+
+    def close(self) -> None:
+        if self._tracker is not None:
+            rest()  # it may take its time, which is no hang
+            self._tracker.close()
 
     def stop_requested(self) -> bool:
         """Whether any rank was signalled or asked by file to stop. Collective: every rank must call it at the same step."""
@@ -187,6 +198,10 @@ class Context:
             **({"sizes": self.sizes} if len(self.sizes) > 1 else {}),
         }
         baton = handoff.publish(self.dir, write, facts)
+        if self._tracker is not None:
+            parents = [(parent.path, parent.manifest) for parent in self.batons.values()]
+            tables = tested(baton.manifest["metrics"], baton.path)
+            self._tracker.published(Published(baton.path, baton.manifest, parents, tables))
         handoff.write_json(
             self.dir / "session.json",
             {
@@ -300,7 +315,7 @@ def execute(
         if rank == 0:
             _claim_checkpoints(context.dir, chain.key(record), chain.work(record))
         noted = records.launch(context.dir, world_size) if rank == 0 else nullcontext()
-        with watchdog(context.block.deepspeed.timeout, rank, world_size), noted:
+        with watchdog(context.block.deepspeed.timeout, rank, world_size), noted, closing(context):
             program(context)
 
 

@@ -1,12 +1,11 @@
 """One metric stream of a stage, to JSONL always and to W&B and TensorBoard when the recipe says so; and its progress line.
 
-Only rank 0 writes; on other ranks every call is a no-op. W&B that cannot be reached never stops training.
+Only rank 0 writes; on other ranks every call is a no-op.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.config.schema import Tracking
 from pipeline.handoff import replace
 from pipeline.records import note
+from pipeline.sinks import Background, Guarded, Published, TensorBoard
+from pipeline.wandb_sink import WandbSink, abandon
 
 SHOWN = {
     "loss": "loss",
@@ -44,13 +45,14 @@ class Tracker:
         *,
         run: str,
         stage: str,
+        kind: str,
         config: dict[str, Any],
         total_steps: int,
         resume_step: int,
         enabled: bool,
     ) -> None:
-        self.enabled, self.stage = enabled, stage
-        self._sinks: list[Any] = []
+        self.enabled = enabled
+        self._sinks: list[Guarded] = []
         if not enabled:
             return
         self._path = stage_dir / "metrics.jsonl"
@@ -58,9 +60,12 @@ class Tracker:
         note(stage_dir, "steps", first=resume_step, last=total_steps)
         self._stream = self._path.open("a", encoding="utf-8")
         if tracking.tensorboard:
-            self._sinks.append(TensorBoardSink(stage_dir / "tensorboard", resume_step))
-        if tracking.wandb is not None and tracking.wandb.mode != "disabled":
-            self._sinks.append(WandbSink(stage_dir, tracking.wandb, run, stage, config, resume_step))
+            folder = stage_dir / "tensorboard"
+            self._sinks.append(Guarded("TensorBoard", lambda: TensorBoard(folder, config, resume_step)))
+        settings = tracking.wandb
+        if settings is not None and settings.mode != "disabled":
+            about = {"recipe": run, "stage": stage, "kind": kind, "config": config, "resume_step": resume_step}
+            self._sinks.append(Background("W&B", lambda: WandbSink(stage_dir, settings, **about), abandon))
         self.progress = ProgressLine(stage, total_steps, resume_step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -69,8 +74,9 @@ class Tracker:
         row = {"step": step, "time": round(time.time(), 3), **metrics}
         self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
+        kept = dict(metrics)
         for sink in self._sinks:
-            sink.log(step, metrics)
+            sink.do(lambda it: it.log(step, kept))
         self.progress.update(step, metrics)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
@@ -81,7 +87,12 @@ class Tracker:
             for row in rows:
                 stream.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
         for sink in self._sinks:
-            sink.samples(step, rows)
+            sink.do(lambda it: it.samples(step, rows))
+
+    def published(self, work: Published) -> None:
+        """What the stage handed on, for W&B's artifacts."""
+        for sink in self._sinks:
+            sink.do(lambda it: it.published(work))
 
     def warn(self, step: int, text: str) -> None:
         """A line of trouble for readers of the run, beside the metrics."""
@@ -104,8 +115,12 @@ class Tracker:
         if self.enabled:
             self.progress.close()
             self._stream.close()
-            for sink in self._sinks:
-                sink.close()
+
+    def close(self) -> None:
+        """Let W&B and TensorBoard finish; until then they take what is published."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
 
 
 def _step_of(line: bytes) -> float:
@@ -114,87 +129,6 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _cell(value: Any) -> Any:
-    """A value as a table shows it: text and numbers as they are, anything else as JSON."""
-    return value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)
-
-
-class TensorBoardSink:
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        told = ["  \n".join(f"**{name}** {_cell(value)}" for name, value in row.items()) for row in rows]
-        self._writer.add_text("samples", "\n\n".join(told), step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbSink:
-    """One W&B run per stage: group = the recipe's name, job type = the stage. A failing W&B is reported once and left."""
-
-    def __init__(
-        self, stage_dir: Path, settings: Any, run: str, stage: str, config: dict[str, Any], resume_step: int
-    ) -> None:
-        self._broken = False
-        id_file = stage_dir / "wandb_run_id"
-        try:
-            import wandb
-
-            again = resume_step > 0 and id_file.exists()
-            run_id = id_file.read_text(encoding="utf-8") if again else secrets.token_hex(4)
-            id_file.write_text(run_id, encoding="utf-8")
-            self._wandb = wandb
-            self._run = wandb.init(
-                project=settings.project,
-                entity=settings.entity,
-                mode=settings.mode,
-                group=run,
-                job_type=stage,
-                name=f"{run}/{stage}",
-                id=run_id,
-                resume="allow",
-                config=config,
-                dir=str(stage_dir),
-                settings=wandb.Settings(silent=True, init_timeout=60),
-            )
-        except Exception as error:
-            self._fail(error)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._try(lambda: self._run.log(dict(metrics), step=step))
-
-    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        columns = ["step", *rows[0]]
-        data = [[step, *map(_cell, row.values())] for row in rows]
-        self._try(lambda: self._run.log({"samples": self._wandb.Table(columns=columns, data=data)}, step=step))
-
-    def close(self) -> None:
-        self._try(lambda: self._run.finish())
-
-    def _try(self, act: Any) -> None:
-        if not self._broken:
-            try:
-                act()
-            except Exception as error:
-                self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        self._broken = True
-        print(
-            f"W&B is left out from here on: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 class ProgressLine:

@@ -59,9 +59,12 @@ class DeepSpeed(Block):
 
 
 class Wandb(Block):
+    """`artifacts`: whose files are uploaded; the others' artifacts refer to their folder and hold the manifest alone."""
+
     project: str = "relay"
     entity: str | None = None
     mode: Literal["online", "offline", "disabled"] = "online"
+    artifacts: Literal["adapters", "all", "none"] = "adapters"
 
 
 class Tracking(Block):

@@ -66,7 +66,7 @@ def summary(run_dir: Path) -> View:
     states, best = {}, {}
     for name in order:
         published = (handoff.current(run_dir / name) / handoff.MANIFEST).is_file()
-        launches = _rows(run_dir / name / LAUNCHES)
+        launches = tables.rows(run_dir / name / LAUNCHES)
         states[name] = _of_stage(published and not (run_dir / name / REDO).exists(), launches, live)[0]
         last = _last_row(run_dir / name / "metrics.jsonl")
         found = next((key for key in HEADLINES if key in last), None)
@@ -125,7 +125,7 @@ def _alive(pid: int) -> bool:
 
 def _stage(run_dir: Path, name: str, known: View, live: bool, kept: dict[Path, Series]) -> View:
     folder = run_dir / name
-    launches = _rows(folder / LAUNCHES)
+    launches = tables.rows(folder / LAUNCHES)
     manifest, damage = _manifest(folder)
     metrics = kept.setdefault(folder / "metrics.jsonl", Series(folder / "metrics.jsonl"))
     metrics.update()
@@ -157,17 +157,19 @@ def _stage(run_dir: Path, name: str, known: View, live: bool, kept: dict[Path, S
         "series": metrics.thinned(),
         "warnings": [
             {"step": row.get("step"), "text": str(row.get("text", "")).removeprefix("warning: ")}
-            for row in _rows(folder / "warnings.jsonl")
+            for row in tables.rows(folder / "warnings.jsonl")
         ],
         "samples": tables.samples(_samples(folder)),
-        "tables": tables.tested(facts.get("metrics", {}), handoff.current(folder), _rows) if manifest else {},
+        "tables": tables.tested(facts.get("metrics", {}), handoff.current(folder)) if manifest else {},
         "versions": facts.get("versions", {}),
     }
 
 
 def _samples(folder: Path) -> list[View]:
     """An evaluate stage's pairs where it published some, else the newest of what the stage wrote on its way."""
-    return _rows(handoff.current(folder) / "samples.jsonl", SAMPLES) or _rows(folder / "samples.jsonl", -SAMPLES)
+    return tables.rows(handoff.current(folder) / "samples.jsonl", SAMPLES) or tables.rows(
+        folder / "samples.jsonl", -SAMPLES
+    )
 
 
 def _of_stage(published: bool, launches: list[View], live: bool) -> tuple[str, str]:
@@ -231,26 +233,6 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _rows(path: Path, count: int | None = None) -> list[View]:
-    """The rows of a file of JSON lines, the first `count` or, below zero, the last; those that are torn are left out."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return []
-    lines = [line for line in lines if line]
-    if count is not None:
-        lines = lines[:count] if count > 0 else lines[count:]
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
-    return found
 
 
 def _last_row(path: Path, tail: int = 65536) -> View:

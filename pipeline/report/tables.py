@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 RATES = {"win_rate": "win rate", "lc_win_rate": "win rate at equal length"}
 
 
-def tested(metrics: dict[str, float], output: Path, rows: Callable[[Path], list[Row]]) -> dict[str, list[Row]]:
+def tested(metrics: dict[str, float], output: Path) -> dict[str, list[Row]]:
     """Win rates, changes from before to after, forgetting, and a reward model's calibration; empty ones are left out."""
     found = {
         "wins": wins(metrics),
@@ -62,9 +62,9 @@ def judges(metrics: dict[str, float]) -> list[Row]:
     return found
 
 
-def samples(rows: list[Row]) -> Row:
+def samples(found: list[Row]) -> Row:
     """Rows as columns' names and cells; a nested value becomes one column for each of its keys."""
-    flattened = [flat(row) for row in rows]
+    flattened = [flat(row) for row in found]
     columns = list(dict.fromkeys(name for row in flattened for name in row))
     return {"columns": columns, "rows": [[row.get(name) for name in columns] for row in flattened]}
 
@@ -78,3 +78,23 @@ def flat(value: Any, path: str = "") -> Row:
         return found
     leaf = value if isinstance(value, str | int | float | bool) or value is None else str(value)
     return {path: leaf}
+
+
+def rows(path: Path, count: int | None = None) -> list[Row]:
+    """The rows of a file of JSON lines, the first `count` or, below zero, the last; those that are torn are left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return []
+    lines = [line for line in lines if line]
+    if count is not None:
+        lines = lines[:count] if count > 0 else lines[count:]
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found

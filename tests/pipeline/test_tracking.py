@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,22 @@ def _stop_wandb() -> Iterator[None]:
     wandb.teardown()
 
 
-def tracker(folder: Path, *, resume: int = 0, enabled: bool = True, **tracking: Any) -> Tracker:
-    return Tracker(
+@contextmanager
+def tracker(folder: Path, *, resume: int = 0, enabled: bool = True, **tracking: Any) -> Iterator[Tracker]:
+    """As a stage has it, to the end of the stage."""
+    made = Tracker(
         folder,
         Tracking(**tracking),
         run="hh",
         stage="sft",
+        kind="sft",
         config={"lr": 0.1},
         total_steps=10,
         resume_step=resume,
         enabled=enabled,
     )
+    with closing(made), made:
+        yield made
 
 
 def log(folder: Path, first: int, last: int, *, resume: int = 0, **tracking: Any) -> None:
@@ -86,8 +91,8 @@ def test_a_resume_rewinds_to_its_step(tmp_path: Path) -> None:
 
 def test_a_full_disk_at_a_resume_takes_nothing(tmp_path: Path) -> None:
     log(tmp_path, 1, 5)
-    with no_room(), pytest.raises(OSError, match="File too large"):
-        tracker(tmp_path, resume=3)
+    with no_room(), pytest.raises(OSError, match="File too large"), tracker(tmp_path, resume=3):
+        pass
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
 
 
@@ -180,107 +185,17 @@ def test_tensorboard_shows_a_restarted_run_as_one(tmp_path: Path) -> None:
     assert [step for step, _ in curve(tmp_path)] == [1, 2]
 
 
-# W&B.
+def test_tensorboard_holds_the_configuration(tmp_path: Path) -> None:
+    log(tmp_path, 1, 2, tensorboard=True)
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    (event,) = accumulator.Tensors("config/text_summary")
+    assert '"lr": 0.1' in event.tensor_proto.string_val[0].decode()
 
 
-def test_wandb_offline_writes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    real = wandb.init
-
-    def init(**settings: Any) -> Any:
-        given.update(settings)
-        return real(**settings)
-
-    monkeypatch.setattr(wandb, "init", init)
-    log(tmp_path, 1, 2, wandb=Wandb(project="relay", mode="offline"))
-    run_id = (tmp_path / "wandb_run_id").read_text(encoding="utf-8")
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert len(files) == 1
-    limit = time.monotonic() + 20.0  # W&B's own process writes the file, and not before finish() returns
-    while b"loss" not in files[0].read_bytes():
-        assert time.monotonic() < limit, "the metrics never reached W&B's file"
-        time.sleep(0.1)
-    assert [given[key] for key in ("project", "group", "job_type", "name", "config")] == [
-        "relay",
-        "hh",
-        "sft",
-        "hh/sft",
-        {"lr": 0.1},
-    ]
-    assert len(rows(tmp_path)) == 2
-
-
-class Run:
-    """What W&B returns from init, as far as it is used."""
-
-    def __init__(self) -> None:
-        self.logged: list[int] = []
-        self.finished = False
-
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        self.logged.append(step)
-        if step == 2:
-            raise ConnectionError("the network is gone\nwith a second line")
-
-    def finish(self) -> None:
-        self.finished = True
-
-
-def test_a_resumed_stage_continues_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids: list[str] = []
-
-    def init(**settings: Any) -> Run:
-        ids.append(settings["id"])
-        assert settings["resume"] == "allow"
-        return Run()
-
-    monkeypatch.setattr(wandb, "init", init)
-    log(tmp_path, 1, 1, wandb=Wandb())
-    log(tmp_path, 3, 3, resume=2, wandb=Wandb())
-    assert len(ids) == 2
-    assert len(set(ids)) == 1
-
-
-def test_a_stage_that_starts_again_gets_its_own_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids: list[str] = []
-
-    def init(**settings: Any) -> Run:
-        ids.append(settings["id"])
-        return Run()
-
-    monkeypatch.setattr(wandb, "init", init)
-    log(tmp_path, 1, 5, wandb=Wandb())
-    log(tmp_path, 1, 1, wandb=Wandb())
-    assert len(set(ids)) == 2
-
-
-def test_wandb_that_cannot_start_does_not_stop_logging(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def init(**settings: Any) -> None:
-        raise wandb.errors.CommError("no server at that address\nand a long trace")
-
-    monkeypatch.setattr(wandb, "init", init)
-    log(tmp_path, 1, 3, tensorboard=True, wandb=Wandb())
+def test_tensorboard_that_cannot_write_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tensorboard").write_text("a file where its folder would be")
+    log(tmp_path, 1, 3, tensorboard=True)
     assert len(rows(tmp_path)) == 3
-    assert len(curve(tmp_path)) == 3
-    assert capsys.readouterr().err.splitlines() == ["W&B is left out from here on: no server at that address"]
-
-
-def test_wandb_that_breaks_later_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = Run()
-    monkeypatch.setattr(wandb, "init", lambda **settings: run)
-    with tracker(tmp_path, wandb=Wandb()) as stream:
-        for step in range(1, 5):
-            stream.log(step, {"loss": 1.0})
-    assert run.logged == [1, 2]
-    assert len(rows(tmp_path)) == 4
-    assert capsys.readouterr().err.splitlines() == ["W&B is left out from here on: the network is gone"]
-
-
-def test_wandb_disabled_is_not_even_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb, "init", lambda **settings: pytest.fail("W&B was started"))
-    log(tmp_path, 1, 1, wandb=Wandb(mode="disabled"))
-    assert not (tmp_path / "wandb_run_id").exists()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("TensorBoard")]
+    assert len(told) == 1

@@ -81,7 +81,15 @@ def _train(folder: Path, kind: str, steps: int, seed: int, text: str, failing: b
 
 def tracker(folder: Path, steps: int, resume: int = 0) -> Tracker:
     return Tracker(
-        folder, Tracking(), run="hh", stage=folder.name, config={}, total_steps=steps, resume_step=resume, enabled=True
+        folder,
+        Tracking(),
+        run="hh",
+        stage=folder.name,
+        kind="sft",
+        config={},
+        total_steps=steps,
+        resume_step=resume,
+        enabled=True,
     )
 
 
