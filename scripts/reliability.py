@@ -253,7 +253,7 @@ def differences(run_dir: Path, expected: Path) -> str:
 def last_words(said: str) -> str:
     """The paragraph or line that a user reads at the end, without what ran well."""
     noise = re.compile(r"built successfully|^\w+  step \d|^\w+  (starts|up to date|published)|^roles on one copy|^\s*$")
-    lines = [line for line in said.splitlines() if not noise.search(line)]
+    lines = [line for line in re.sub(r"/\S*/disk/run", "RUN", said).splitlines() if not noise.search(line)]
     failed = [n for n, line in enumerate(lines) if "failed:" in line or "stopped and saved" in line]
     cut = lines[max(0, failed[-1] - 4) : failed[-1] + 1] if failed else lines[-2:]
     return "\n".join(line for line in cut if not line.startswith(("  File", "    ")))[-700:]
