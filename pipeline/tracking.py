@@ -64,7 +64,13 @@ class Tracker:
             self._sinks.append(Guarded("TensorBoard", lambda: TensorBoard(folder, config, resume_step)))
         settings = tracking.wandb
         if settings is not None and settings.mode != "disabled":
-            about: dict[str, Any] = {"recipe": run, "stage": stage, "kind": kind, "config": config, "resume_step": resume_step}
+            about: dict[str, Any] = {
+                "recipe": run,
+                "stage": stage,
+                "kind": kind,
+                "config": config,
+                "resume_step": resume_step,
+            }
             self._sinks.append(Background("W&B", lambda: WandbSink(stage_dir, settings, **about), abandon))
         self.progress = ProgressLine(stage, total_steps, resume_step)
 

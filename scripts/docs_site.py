@@ -21,7 +21,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     depth = page.file.src_uri.count("/") + 1
-    outside = re.compile(r"\[([^\]]*)\]\((?:\.\./){%d}([^)#]+)(#[^)]*)?\)" % depth)
+    outside = re.compile(rf"\[([^\]]*)\]\((?:\.\./){{{depth}}}([^)#]+)(#[^)]*)?\)")
     if page.file.src_uri in PAGES.values():  # it stood at the root
         return re.sub(r"\]\(docs/", "](", markdown)
     return outside.sub(lambda found: _linked(*found.groups(), depth=depth), markdown)
