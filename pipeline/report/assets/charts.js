@@ -18,6 +18,12 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   Relay.dark = () => document.documentElement.dataset.theme === "dark";
 
+  /* A line that is flat stands in the middle of its axis, whatever its height. */
+  const flat = (lines) => {
+    const values = lines.flatMap((line) => line.y), [low, high] = [Math.min(...values), Math.max(...values)];
+    return low === high ? [low - (Math.abs(low) / 2 || 1), high + (Math.abs(high) / 2 || 1)] : undefined;
+  };
+
   const layout = (chart) => {
     const axis = {gridcolor: css("--grid"), zerolinecolor: css("--line"), linecolor: css("--line"), tickfont: {size: 11}, automargin: true, fixedrange: false};
     return {
@@ -26,7 +32,7 @@
       hoverlabel: {bgcolor: css("--panel"), bordercolor: css("--line"), font: {color: css("--ink"), size: 12}},
       showlegend: chart.lines.length > 1, legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: {size: 11}},
       xaxis: {...axis, title: chart.options.x ? {text: chart.options.x, font: {size: 11}} : undefined, range: chart.options.range},
-      yaxis: {...axis, title: chart.options.y ? {text: chart.options.y, font: {size: 11}} : undefined, range: chart.options.range},
+      yaxis: {...axis, title: chart.options.y ? {text: chart.options.y, font: {size: 11}} : undefined, range: chart.options.range || flat(chart.lines)},
       shapes: chart.options.diagonal ? [{type: "line", x0: chart.options.range[0], y0: chart.options.range[0], x1: chart.options.range[1], y1: chart.options.range[1], line: {dash: "dot", width: 1, color: css("--soft")}}] : [],
     };
   };

@@ -108,17 +108,17 @@
   const tested = (tables) => {
     const found = [];
     if (tables.wins) {
-      found.push(h("h3", {}, "Win rate of after against before, with 95 % intervals"), Relay.table([["judge", (r) => r.judge], ["", (r) => r.what], ["rate", interval, "n"], ["0 to 1, dashed at even", (r) => Relay.range(r, 0, 1, 0.5)]], tables.wins, {label: "Win rates"}));
+      found.push(h("h3", {}, "Win rate of after against before, with 95 % intervals"), Relay.table([["judge", (r) => r.judge], ["", (r) => r.what], ["rate", interval, "n"], ["0 to 1, dashed at even", (r) => Relay.range(r, 0, 1, 0.5)]], tables.wins, {stack: true, label: "Win rates"}));
     }
     if (tables.changes) {
       found.push(h("h3", {}, "Before and after"), Relay.table([["measure", (r) => r.what], ["before", (r) => r.before, "n"], ["after", (r) => r.after, "n"], ["change", (r) => r.after - r.before, "n"]], tables.changes, {label: "Before and after"}));
     }
     if (tables.judges) {
-      found.push(h("h3", {}, "Reward models"), Relay.table([["model", (r) => r.model], ["accuracy (95 %)", (r) => interval({...r, value: r.accuracy}), "n"], ["0 to 1", (r) => Relay.range({...r, value: r.accuracy}, 0, 1, 0.5)], ["of the longer reply", (r) => r.longer, "n"], ["calibration error", (r) => r.ece, "n"]], tables.judges, {label: "Reward models"}));
+      found.push(h("h3", {}, "Reward models"), Relay.table([["model", (r) => r.model], ["accuracy (95 %)", (r) => interval({...r, value: r.accuracy}), "n"], ["0 to 1", (r) => Relay.range({...r, value: r.accuracy}, 0, 1, 0.5)], ["of the longer reply", (r) => r.longer, "n"], ["calibration error", (r) => r.ece, "n"]], tables.judges, {stack: true, label: "Reward models"}));
     }
     if (tables.forgetting) {
       const most = Math.max(1e-9, ...tables.forgetting.flatMap((r) => [Math.abs(r.low), Math.abs(r.high)]));
-      found.push(h("h3", {}, "What was forgotten"), Relay.table([["measure", (r) => r.measure], ["since", (r) => `${r.since} to ${r.policy}`], ["before", (r) => r.before, "n"], ["after", (r) => r.after, "n"], ["change (95 %)", (r) => interval({...r, value: r.change}), "n"], ["dashed at none", (r) => Relay.range({...r, value: r.change}, -most, most, 0)], ["verdict", (r) => r.verdict]], tables.forgetting, {label: "Forgetting"}));
+      found.push(h("h3", {}, "What was forgotten"), Relay.table([["measure", (r) => r.measure], ["since", (r) => `${r.since} to ${r.policy}`], ["before", (r) => r.before, "n"], ["after", (r) => r.after, "n"], ["change (95 %)", (r) => interval({...r, value: r.change}), "n"], ["dashed at none", (r) => Relay.range({...r, value: r.change}, -most, most, 0)], ["verdict", (r) => r.verdict]], tables.forgetting, {stack: true, label: "Forgetting"}));
     }
     return found;
   };
@@ -126,6 +126,7 @@
   class Calibration {
     constructor() {
       this.chart = new Relay.Chart("Calibration: how often the reply it prefers is the chosen one", {x: "its probability", y: "observed", range: [0, 1.02], diagonal: true, points: true, wide: true});
+      this.chart.element.classList.add("alone");
       this.element = h("div", {hidden: true}, this.chart.element);
     }
 
