@@ -55,7 +55,8 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="run nothing: draw what was run so far")
     arguments = parser.parse_args()
     if not arguments.draw:
-        run(arguments.runs / "shared", "reward", [])
+        for stage in ("sft", "reward"):
+            run(arguments.runs / "shared", stage, [])
         for case in arguments.cases:
             folder = arguments.runs / case
             if not folder.exists():
