@@ -27,7 +27,7 @@ COMMON = ["stages.ppo.eval_every=10", f"stages.ppo.gold={RULE}"]
 CASES: dict[str, tuple[str, list[str]]] = {
     "healthy": ("as the recipe is", []),
     "lr": ("learning rate of the policy x 30", ["stages.ppo.lr=0.03", "stages.ppo.critic.lr=0.001"]),
-    "kl": ("no KL penalty, three times the steps", ["stages.ppo.kl.coef=0", "stages.ppo.steps=180"]),
+    "kl": ("no KL penalty, 100 steps", ["stages.ppo.kl.coef=0", "stages.ppo.steps=100"]),
     "critic": ("critic that never learns", ['stages.ppo.critic={"init": "policy", "lr": 1e-9}']),
     "temperature": ("sampled at temperature 2", ["stages.ppo.sampling.temperature=2"]),
 }
