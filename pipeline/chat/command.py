@@ -30,7 +30,9 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off")] = 0,
-    longest: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
+    longest: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="default 256, or half of a context below 512")
+    ] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same answers to the same questions")] = 0,
     run_dir: RunDir = None,
 ) -> None:
@@ -52,11 +54,14 @@ def chat(
     from pipeline.chat.speakers import Settings, speakers
     from pipeline.chat.terminal import Conversation, talk
 
+    speaking = speakers(folder, baton, compare, POLICIES)
+    if longest is None:
+        longest = min([256, *(one.limit // 2 for one in speaking if one.limit is not None)])
     greedy = greedy or temperature == 0.0
     sampling = Sampling(
         temperature=1.0 if greedy else temperature, top_p=top_p, top_k=top_k, max_response_length=longest, batch=16
     )
-    settings, speaking = Settings(sampling, seed, greedy), speakers(folder, baton, compare, POLICIES)
+    settings = Settings(sampling, seed, greedy)
     if batch is not None:
         batches.answer(speaking, batch, to, settings, system, raw)
     else:
