@@ -182,7 +182,7 @@ def test_a_file_of_prompts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ({"batch": "empty.txt"}, "no prompt in it"),
         ({"batch": "bad.jsonl"}, "bad.jsonl, row 1: no `prompt` and no `messages`"),
         (
-            {"batch": "long.txt"},
+            {"batch": "long.txt", "longest": 127},
             r"prompt 1: \d+ tokens, and the model's context holds 128[\s\S]*fix: --max-new-tokens \d+",
         ),
         ({"top_p": 0.0}, "--top-p 0: it leaves no token"),
