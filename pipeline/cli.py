@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import chain, faults, handoff, launch, records
+from pipeline import chain, faults, handoff, launch, modules, records
 from pipeline.chat.command import chat
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe, elsewhere, load, trusted, written
@@ -68,7 +68,7 @@ Folder = Annotated[
 
 def app() -> None:
     """Entry point: a user's mistake is one paragraph and exit code 2."""
-    sys.path.insert(0, str(Path.cwd()))  # as ranks see it, which run as modules: a recipe may name functions there
+    modules.add_working_directory()  # as ranks do: a recipe may name functions there
     try:
         commands()
     except UserError as error:

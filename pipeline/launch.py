@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import hosts, lifeline
+from pipeline import hosts, lifeline, modules
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe
 from pipeline.errors import EXIT_STOPPED, UserError
@@ -85,7 +85,9 @@ def devices() -> int | None:
 
 
 def check_devices(recipe: Recipe, stage: str) -> None:
-    """Refuse a stage that wants hosts that are not listed, or more GPUs than this host has. CPU ranks may share cores."""
+    """Refuse a stage whose modules would be hidden, that wants hosts that are not listed, or more GPUs than this host has.
+    CPU ranks may share cores."""
+    modules.check_working_directory()
     hosts.read(recipe, stage)
     place, have = recipe.stages[stage].deepspeed, devices()
     if have is not None and place.num_gpus > have:
@@ -99,7 +101,7 @@ def check_devices(recipe: Recipe, stage: str) -> None:
 
 def environment() -> dict[str, str]:
     """The environment of a stage's processes."""
-    env = {**os.environ, lifeline.OWNER: lifeline.owner()}
+    env = {**os.environ, **modules.python_path({**os.environ}), lifeline.OWNER: lifeline.owner()}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     if devices() is None:
         env["DS_ACCELERATOR"] = "cpu"
