@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +18,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text as Styled
 
 from pipeline import chain, faults, handoff, launch, modules, records
 from pipeline.chat.command import chat
@@ -25,6 +28,7 @@ from pipeline.config.schema import Classify, Frozen
 from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
 from pipeline.data import show as data_show
+from pipeline.doctor.finding import Finding
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, UserError
 from pipeline.export.command import export
 from pipeline.lock import await_ranks, run_lock
@@ -54,6 +58,8 @@ PART_TITLES = {
     "cache": "KV",
     "framework": "libs",
 }
+
+STATES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder of the run; default runs/<name>")]
@@ -317,6 +323,44 @@ def verify(
                     fix=f"run it again: relay run {recipe} --from {stage}",
                 )
         console.print(f"[bold]{stage}[/bold]  {len(baton.manifest['files'])} files verified  {baton.content_hash[:12]}")
+
+
+@commands.command()
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="what the machine is examined for; default: any recipe")
+    ] = None,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for programs")] = False,
+) -> None:
+    """Test this machine: compiler, packages, disks, GPUs, ranks.
+
+    Each line says ok, warn or fail, what was found, and the fix. Slow checks are announced. Exit code 2 when one fails.
+    """
+    from pipeline.doctor import examine, finding
+
+    loaded, folder = None, run_dir or Path("runs")
+    if recipe is not None:
+        loaded, folder, _ = _open(recipe, run_dir, overrides, ranks)
+    case, found = finding.Case(loaded, folder), []
+    for line in examine.examine(case, lambda what: print(f"…     {what}", file=sys.stderr, flush=True)):
+        found.append(line)
+        if not as_json:
+            _tell(line)
+    counts = {state: sum(line.state == state for line in found) for state in STATES}
+    if as_json:
+        print(json.dumps({"findings": [asdict(line) for line in found], **counts}))
+    else:
+        console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    raise typer.Exit(EXIT_USER_ERROR if counts["fail"] else 0)
+
+
+def _tell(line: Finding) -> None:
+    console.print(Styled.assemble((f"{line.state:5}", STATES[line.state]), f" {line.check}: {line.found}"))
+    if line.fix:
+        console.print(Styled(f"      fix: {line.fix}"))
 
 
 if __name__ == "__main__":

@@ -41,11 +41,7 @@ def command(
     block = recipe.stages[stage]
     place = block.deepspeed
     where = ["--hostfile", recipe.local(place.hostfile), "--num_nodes", str(place.num_nodes)] if place.hostfile else []
-    if node is not None:
-        where += ["--no_ssh", "--node_rank", str(node[0]), "--master_addr", node[1]]
-    line = [_deepspeed(), *where, "--num_gpus", str(place.num_gpus)]
-    if port is not None:
-        line += ["--master_port", str(port), "--log_level", "critical"]
+    line = launcher(place.num_gpus, where, port, node)
     held = ["--lock-held"] if port is not None else []
     line += [
         "--module",
@@ -60,6 +56,16 @@ def command(
     ]
     for override in overrides:
         line += ["--set", override]
+    return line
+
+
+def launcher(ranks: int, where: list[str], port: int | None, node: tuple[int, str] | None = None) -> list[str]:
+    """The `deepspeed` command up to the module that its ranks run. `where`: the options that name other hosts."""
+    if node is not None:
+        where = [*where, "--no_ssh", "--node_rank", str(node[0]), "--master_addr", node[1]]
+    line = [_deepspeed(), *where, "--num_gpus", str(ranks)]
+    if port is not None:
+        line += ["--master_port", str(port), "--log_level", "critical"]
     return line
 
 

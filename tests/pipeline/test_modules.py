@@ -18,12 +18,14 @@ pytestmark = pytest.mark.fast
 NAMES = ("pipeline", "stages", "ds_configs")
 
 
-@pytest.fixture()
+@pytest.fixture
 def clash(tmp_path: Path) -> Path:
     for name in NAMES:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
-    (tmp_path / "own_judge.py").write_text("def judge(prompts, responses, rows):\n    return [7.0 for _ in responses]\n")
+    (tmp_path / "own_judge.py").write_text(
+        "def judge(prompts, responses, rows):\n    return [7.0 for _ in responses]\n"
+    )
     return tmp_path
 
 
