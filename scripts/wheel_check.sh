@@ -9,6 +9,7 @@ work=${1:-$(mktemp -d)}
 [ $# -gt 0 ] || trap 'rm -rf "$work"' EXIT
 mkdir -p "$work"
 work=$(cd "$work" && pwd)
+export TORCH_EXTENSIONS_DIR=$work/kernels  # two environments with one folder build each other's kernels anew
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
 said() { echo "== $* =="; }
 

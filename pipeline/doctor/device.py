@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from pipeline import launch
 from pipeline.doctor.finding import Case, Finding, fail, ok, warn
@@ -154,8 +155,8 @@ def kernels() -> list[Finding]:
         findings = [
             warn(
                 "DeepSpeed kernels",
-                f"a compilation was killed: {', '.join(map(str, marks))}",
-                "none needed: every stage removes such a mark once it is two minutes old",
+                f"a compilation was killed and left {', '.join(map(str, marks))}",
+                "none needed: it is removed now, as every stage does, once it is two minutes old",
             )
         ]
         free_builds()
@@ -163,11 +164,17 @@ def kernels() -> list[Finding]:
 
     if get_accelerator().device_name() != "cpu":
         return [*findings, ok("DeepSpeed kernels", "none is needed on GPUs; offloaded steps are torch's own")]
-    from deepspeed.ops.op_builder.builder import OpBuilder
-
-    builder: OpBuilder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if not builder.is_compatible(verbose=False):
         return [*findings, warn("DeepSpeed kernels", "no shared-memory all-reduce here; ranks use gloo", "none needed")]
+    if other := _built_elsewhere(builder.NAME):
+        findings.append(
+            warn(
+                "DeepSpeed kernels",
+                f"{other} was built by another environment than this; each builds it anew when its turn comes",
+                "give each environment a TORCH_EXTENSIONS_DIR of its own",
+            )
+        )
     began = time.monotonic()
     try:
         builder.load(verbose=False)
@@ -175,6 +182,18 @@ def kernels() -> list[Finding]:
         why = " ".join(str(error).split())[:300]
         return [*findings, fail("DeepSpeed kernels", f"{builder.NAME} cannot be built: {why}", KERNELS_FIX)]
     return [*findings, ok("DeepSpeed kernels", f"{builder.NAME} loads ({time.monotonic() - began:.1f} s)")]
+
+
+def _built_elsewhere(name: str) -> Path | None:
+    """The folder of a kernel that was compiled against another torch than this process has."""
+    import torch
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for rules in [*root.glob(f"{name}/build.ninja"), *root.glob(f"*/{name}/build.ninja")]:
+        if str(Path(torch.__file__).parent / "include") not in rules.read_text(encoding="utf-8"):
+            return rules.parent
+    return None
 
 
 KERNELS_FIX = (

@@ -30,8 +30,8 @@ REINSTALL = "pip install --force-reinstall what the line names, by the versions 
 SLOW: dict[str, tuple[Check, str]] = {
     "torch": (device.apart("torch", "torch", 60.0, REINSTALL), "imports it; up to 60 s"),
     "DeepSpeed kernels": (
-        device.apart("kernels", "DeepSpeed kernels", 240.0, device.KERNELS_FIX),
-        "builds and loads; up to 240 s where they are not built yet",
+        device.apart("kernels", "DeepSpeed kernels", 300.0, device.KERNELS_FIX),
+        "builds and loads; seconds, or up to 300 where they are not built yet",
     ),
     "bitsandbytes": (device.apart("four_bit", "bitsandbytes", 60.0, device.FOUR_BIT_FIX), "quantises; up to 60 s"),
     "ranks": (ranks, f"starts them under the launcher; up to {LOAD:g} s to load and {TALK:g} s to talk"),

@@ -1,7 +1,7 @@
 """One rank of the doctor: it joins the others as a stage does, and adds up with them.
 
-It says `ready` before it joins, so that the time its libraries take to load is not the network's, and then what came out:
-the sum through DeepSpeed, as training has it, and through torch alone, as checkpoints have it.
+It says `ready` before it joins, so that the time its libraries and kernels take to load is not the network's, and then what
+came out: the sum through DeepSpeed, as training has it, and through torch alone, as checkpoints have it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ def main() -> None:
     import torch.distributed as dist
 
     from pipeline import engine
+    from pipeline.doctor import device as devices
     from pipeline.lifeline import die_with_parents
 
     die_with_parents()
+    devices.kernels()
     (folder / f"ready-{rank}").touch()
     device = engine.start(0)
     sums = []

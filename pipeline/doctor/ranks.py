@@ -14,8 +14,8 @@ from pipeline import hosts, launch
 from pipeline.config.recipe import Recipe
 from pipeline.doctor.finding import Case, Finding, fail, ok, warn
 
-LOAD, TALK = 90.0, 30.0
-"""Seconds that ranks may take to load their libraries, and then to find each other and add up."""
+LOAD, TALK = 240.0, 20.0
+"""Seconds that ranks may take to load their libraries and kernels, and then to find each other and add up."""
 
 
 def ranks(case: Case, load: float = LOAD, talk: float = TALK) -> list[Finding]:
