@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text as Styled
+from typer.core import TyperGroup
 
-from pipeline import chain, faults, handoff, launch, records
+from pipeline import chain, completion, faults, handoff, launch, modules, records
 from pipeline.chat.command import chat
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe, elsewhere, load, trusted, written
@@ -25,6 +29,7 @@ from pipeline.config.schema import Classify, Frozen
 from pipeline.config.shortcuts import shortcuts
 from pipeline.data import glue, split
 from pipeline.data import show as data_show
+from pipeline.doctor.finding import Finding
 from pipeline.errors import EXIT_STOPPED, EXIT_TROUBLE, EXIT_USER_ERROR, UserError
 from pipeline.export.command import export
 from pipeline.lock import await_ranks, run_lock
@@ -33,10 +38,22 @@ from pipeline.report.command import dashboard, leave_report, report
 from pipeline.serve import serve
 from pipeline.summary import results, summary
 
+ORDER = ["run", "status", "plan", "show", "report", "dashboard", "verify", "export", "chat", "serve", "data", "doctor"]
+
+
+class _Ordered(TyperGroup):
+    """Commands in the order in which one meets them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
 commands = typer.Typer(
+    cls=_Ordered,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain lines: all commands fit one screen of 80 columns
     help="RLHF in stages under DeepSpeed, one verified checkpoint from stage to stage.",
 )
 commands.add_typer(data_show.commands, name="data")
@@ -55,7 +72,14 @@ PART_TITLES = {
     "framework": "libs",
 }
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")]
+STATES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="a recipe file, or the name of a shipped recipe", autocompletion=completion.recipes
+    ),
+]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder of the run; default runs/<name>")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe")]
 Ranks = Annotated[int | None, typer.Option("--num-gpus", help="ranks per host for every stage")]
@@ -68,7 +92,7 @@ Folder = Annotated[
 
 def app() -> None:
     """Entry point: a user's mistake is one paragraph and exit code 2."""
-    sys.path.insert(0, str(Path.cwd()))  # as ranks see it, which run as modules: a recipe may name functions there
+    modules.add_working_directory()  # as ranks do: a recipe may name functions there
     try:
         commands()
     except UserError as error:
@@ -99,13 +123,18 @@ def run(
     run_dir: RunDir = None,
     overrides: Overrides = None,
     ranks: Ranks = None,
-    first: Annotated[str | None, typer.Option("--from", help="run this stage and what depends on it again")] = None,
-    until: Annotated[str | None, typer.Option("--until", help="stop after this stage")] = None,
+    first: Annotated[
+        str | None,
+        typer.Option("--from", help="run this stage and what depends on it again", autocompletion=completion.stages),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option("--until", help="stop after this stage", autocompletion=completion.stages)
+    ] = None,
     task: Task = None,
     method: Method = None,
     data: Folder = None,
 ) -> None:
-    """Run the stages of RECIPE that are not up to date, in order; show what came out."""
+    """Run the stages that are not up to date, and show the results."""
     loaded, folder, given = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), ranks)
     wanted, again = chain.selection(loaded, first, until), chain.redo(loaded, first)
     for model in dict.fromkeys(model for stage in wanted for model in trusted(loaded.stages[stage])):
@@ -175,7 +204,10 @@ def status(
     method: Method = None,
     data: Folder = None,
 ) -> None:
-    """Which stages are done, which will run, and why; and what evaluate stages found."""
+    """Show which stages are done, which will run, and why.
+
+    And what evaluate stages found.
+    """
     loaded, folder, _ = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), ranks)
     table = Table("stage", "kind", "state", "why")
     for stage in loaded.order():
@@ -204,8 +236,10 @@ def plan(
     method: Method = None,
     data: Folder = None,
 ) -> None:
-    """What would run: the commands and the memory per rank in each phase, before anything is loaded. Exit code 2 when a
-    stage does not fit the device."""
+    """Show commands and memory per rank, before anything is loaded.
+
+    Memory is that of each phase. Exit code 2 when a stage does not fit the device.
+    """
     from pipeline.memory import check, device, estimate, merged_copy_fits
 
     loaded, folder, given = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), ranks)
@@ -255,14 +289,14 @@ def _memory(need: Need) -> Table:
 @commands.command()
 def show(
     recipe: RecipeName,
-    stage: Annotated[str | None, typer.Argument(help="a stage; default all")] = None,
+    stage: Annotated[str | None, typer.Argument(help="a stage; default all", autocompletion=completion.stages)] = None,
     run_dir: RunDir = None,
     overrides: Overrides = None,
     task: Task = None,
     method: Method = None,
     data: Folder = None,
 ) -> None:
-    """What the stages published: metrics, files and lineage."""
+    """Show what stages published: metrics, files and lineage."""
     loaded, folder, _ = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), None)
     for name in [stage] if stage else loaded.order():
         manifest = handoff.read_manifest(folder / name)
@@ -300,7 +334,10 @@ def verify(
     method: Method = None,
     data: Folder = None,
 ) -> None:
-    """Check every published file of a run against its hash, and every stage against the parents it was made from."""
+    """Check published files against their hashes and parents.
+
+    Every file of a run against its hash, and every stage against the parents it was made from.
+    """
     loaded, folder, _ = _open(recipe, run_dir, shortcuts(recipe, task, method, data) + (overrides or []), None)
     for stage in loaded.order():
         if handoff.read_manifest(folder / stage) is None:
@@ -317,6 +354,47 @@ def verify(
                     fix=f"run it again: relay run {recipe} --from {stage}",
                 )
         console.print(f"[bold]{stage}[/bold]  {len(baton.manifest['files'])} files verified  {baton.content_hash[:12]}")
+
+
+@commands.command()
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="what the machine is for; default: any recipe", autocompletion=completion.recipes
+        ),
+    ] = None,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for programs")] = False,
+) -> None:
+    """Test this machine: compiler, packages, disks, GPUs, ranks.
+
+    Each line says ok, warn or fail, what was found, and the fix. Slow checks are announced. Exit code 2 when one fails.
+    """
+    from pipeline.doctor import examine, finding
+
+    loaded, folder = None, run_dir or Path("runs")
+    if recipe is not None:
+        loaded, folder, _ = _open(recipe, run_dir, overrides, ranks)
+    case, found = finding.Case(loaded, folder), []
+    for line in examine.examine(case, lambda what: print(f"…     {what}", file=sys.stderr, flush=True)):
+        found.append(line)
+        if not as_json:
+            _tell(line)
+    counts = {state: sum(line.state == state for line in found) for state in STATES}
+    if as_json:
+        print(json.dumps({"findings": [asdict(line) for line in found], **counts}))
+    else:
+        console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    raise typer.Exit(EXIT_USER_ERROR if counts["fail"] else 0)
+
+
+def _tell(line: Finding) -> None:
+    console.print(Styled.assemble((f"{line.state:5}", STATES[line.state]), f" {line.check}: {line.found}"))
+    if line.fix:
+        console.print(Styled(f"      fix: {line.fix}"))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ ELSEWHERE = 120.0
 
 def free_builds(root: Path | None = None, elsewhere: float = ELSEWHERE) -> None:
     """Remove the marks of compilations that ended without removing their own."""
-    root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for mark in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+    for mark in _marks(root):
         while not _held(mark):
             with (mark.parent / "lock.check").open("a") as turn:
                 fcntl.flock(turn, fcntl.LOCK_EX)  # else one rank would remove what another has just made
@@ -31,6 +30,16 @@ def free_builds(root: Path | None = None, elsewhere: float = ELSEWHERE) -> None:
                 break
             progress()
             time.sleep(0.5)
+
+
+def left_behind() -> list[Path]:
+    """Marks of compilations that no process of this host is at."""
+    return [mark for mark in _marks() if not _held(mark)]
+
+
+def _marks(root: Path | None = None) -> list[Path]:
+    root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return [*root.glob("*/lock"), *root.glob("*/*/lock")]
 
 
 def _age(mark: Path) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import hosts, lifeline
+from pipeline import hosts, lifeline, modules
 from pipeline.config.kinds import KINDS
 from pipeline.config.recipe import Recipe
 from pipeline.errors import EXIT_STOPPED, UserError
@@ -41,11 +41,7 @@ def command(
     block = recipe.stages[stage]
     place = block.deepspeed
     where = ["--hostfile", recipe.local(place.hostfile), "--num_nodes", str(place.num_nodes)] if place.hostfile else []
-    if node is not None:
-        where += ["--no_ssh", "--node_rank", str(node[0]), "--master_addr", node[1]]
-    line = [_deepspeed(), *where, "--num_gpus", str(place.num_gpus)]
-    if port is not None:
-        line += ["--master_port", str(port), "--log_level", "critical"]
+    line = launcher(place.num_gpus, where, port, node)
     held = ["--lock-held"] if port is not None else []
     line += [
         "--module",
@@ -60,6 +56,16 @@ def command(
     ]
     for override in overrides:
         line += ["--set", override]
+    return line
+
+
+def launcher(ranks: int, where: list[str], port: int | None, node: tuple[int, str] | None = None) -> list[str]:
+    """The `deepspeed` command up to the module that its ranks run. `where`: the options that name other hosts."""
+    if node is not None:
+        where = [*where, "--no_ssh", "--node_rank", str(node[0]), "--master_addr", node[1]]
+    line = [_deepspeed(), *where, "--num_gpus", str(ranks)]
+    if port is not None:
+        line += ["--master_port", str(port), "--log_level", "critical"]
     return line
 
 
@@ -85,7 +91,9 @@ def devices() -> int | None:
 
 
 def check_devices(recipe: Recipe, stage: str) -> None:
-    """Refuse a stage that wants hosts that are not listed, or more GPUs than this host has. CPU ranks may share cores."""
+    """Refuse a stage whose modules would be hidden, that wants hosts that are not listed, or more GPUs than this host has.
+    CPU ranks may share cores."""
+    modules.check_working_directory()
     hosts.read(recipe, stage)
     place, have = recipe.stages[stage].deepspeed, devices()
     if have is not None and place.num_gpus > have:
@@ -99,7 +107,7 @@ def check_devices(recipe: Recipe, stage: str) -> None:
 
 def environment() -> dict[str, str]:
     """The environment of a stage's processes."""
-    env = {**os.environ, lifeline.OWNER: lifeline.owner()}
+    env = {**os.environ, **modules.python_path({**os.environ}), lifeline.OWNER: lifeline.owner()}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     if devices() is None:
         env["DS_ACCELERATOR"] = "cpu"

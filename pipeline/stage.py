@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import chain, checkpoint, faults, handoff, records
+from pipeline import chain, checkpoint, faults, handoff, modules, records
 from pipeline.config.kinds import DATA
 from pipeline.config.recipe import BASE, Recipe, elsewhere, load, trusted
 from pipeline.config.schema import Stage
@@ -234,6 +234,7 @@ def main(program: Callable[[Context], None]) -> None:
     arguments = parser.parse_args()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     die_with_parents()
+    modules.add_working_directory()
     faulthandler.enable()
     code = 0
     try:

@@ -60,7 +60,10 @@ def show(
     subset: Annotated[str | None, typer.Option(help="subset (configuration) of a hub id")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="read so many rows; default all")] = None,
 ) -> None:
-    """What PATH is recognised as, how many rows are good, how long they are, and some as the model will see them."""
+    """Show how PATH is read, its bad rows, lengths, and some rows.
+
+    Rows are shown as the model will see them.
+    """
     if kind not in (None, *KINDS):
         raise UserError(f"--kind {kind}", "no such kind", expected=", ".join(KINDS))
     view = _View(tokenizer)

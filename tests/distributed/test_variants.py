@@ -6,9 +6,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -531,32 +528,3 @@ def test_plain_deepspeed_takes_the_configuration(ranks: Get, path: Path) -> None
     found = ranks(1).call("tests.distributed.variant_cases:plain_deepspeed", path=str(path))[0]
     assert found["stage"] == int(path.stem[4])
     assert found["moved"] > 0.0
-
-
-@pytest.mark.fast
-def test_wheel_holds_the_data_files(tmp_path: Path) -> None:
-    """Built from a copy of the sources, without a network: configurations, recipes and the quickstart's base are inside."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(tiny.ROOT / name, source / name)
-    for name in ("pipeline", "stages", "ds_configs"):
-        shutil.copytree(tiny.ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, stdout=subprocess.DEVNULL, timeout=120
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    inside = set(zipfile.ZipFile(wheel).namelist())
-    wanted = [
-        file.relative_to(tiny.ROOT).as_posix()
-        for pattern in ("ds_configs/*.json", "pipeline/recipes/*.yaml", "pipeline/recipes/quickstart/**/*")
-        for file in tiny.ROOT.glob(pattern)
-        if file.is_file() and "__pycache__" not in file.parts
-    ]
-    assert len(wanted) > 12
-    assert not set(wanted) - inside
-    assert (
-        "relay = pipeline.cli:app"
-        in zipfile.ZipFile(wheel).read(next(n for n in inside if n.endswith("entry_points.txt"))).decode()
-    )

@@ -1,0 +1,5 @@
+"""`python -m pipeline` is `relay`."""
+
+from pipeline.cli import app
+
+app()
