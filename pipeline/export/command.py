@@ -48,7 +48,10 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="to a private repository")] = False,
     run_dir: RunDir = None,
 ) -> None:
-    """Write a stage's model with tokenizer, chat template and model card, for any program that opens such folders."""
+    """Write a stage's model as a folder for other programs.
+
+    With tokenizer, chat template and model card; whole or not at all.
+    """
     folder = run_folder(run, run_dir)
     baton = open_model(folder, stage)
     full = merge or as_gguf or not baton.is_adapter
