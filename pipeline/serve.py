@@ -33,7 +33,10 @@ def serve(
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="default the base's")] = None,
     run_dir: RunDir = None,
 ) -> None:
-    """Serve a policy over HTTP as OpenAI's API, merged; on this machine alone unless --host says otherwise."""
+    """Serve a policy over HTTP, as OpenAI's API has it.
+
+    Merged; on this machine alone unless --host says otherwise.
+    """
     check_installed()
     folder = run_folder(run, run_dir)
     baton = open_model(folder, stage, POLICIES)

@@ -34,7 +34,10 @@ def chat(
     seed: Annotated[int, typer.Option(help="the same seed gives the same answers to the same questions")] = 0,
     run_dir: RunDir = None,
 ) -> None:
-    """Talk to a policy in the terminal; --compare shows two side by side, --batch answers a file."""
+    """Talk to a policy in the terminal, or have it answer a file.
+
+    --compare shows two side by side, --batch answers a file.
+    """
     if to is not None and (batch is None or to.exists()):
         found = "there is no --batch" if batch is None else "it is there already"
         raise UserError(f"--to {to}", found, expected="a new file for the answers to --batch")

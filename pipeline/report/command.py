@@ -15,7 +15,10 @@ def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders, or recipes run in runs/<name>")],
     to: Annotated[Path | None, typer.Option("--to", help="the file; default report.html in the first run")] = None,
 ) -> None:
-    """Write one HTML page about a run, or about several beside each other; it opens without a network."""
+    """Write one HTML page about a run, or several side by side.
+
+    It opens without a network.
+    """
     from pipeline.report.page import report as write
 
     print(f"report: {write([_existing(name) for name in runs], to)}")
