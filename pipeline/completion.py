@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from pathlib import Path
 
 import typer
 
@@ -18,9 +19,19 @@ def recipes(incomplete: str) -> list[str]:
     return [name for name in shipped if name.startswith(incomplete)] + sorted(files)
 
 
+def runs(incomplete: str) -> list[str]:
+    """Runs in runs/ by name, and what else names a run."""
+    made = sorted(path.parent.name for path in Path("runs").glob("*/.lock"))
+    return [*(name for name in made if name.startswith(incomplete)), *(n for n in recipes(incomplete) if n not in made)]
+
+
 def stages(context: typer.Context, incomplete: str) -> list[str]:
     """Stages of the recipe that stands before on the line, in the order they are written."""
-    names = [context.params.get("recipe"), *context.args]  # left unread when an option without its value ends the line
+    names = [
+        context.params.get("recipe"),
+        context.params.get("run"),
+        *context.args,
+    ]  # left unread when an option without its value ends the line
     try:
         written = parse(find(str(next(filter(None, names), "")))).get("stages")
     except (UserError, OSError):

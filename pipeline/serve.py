@@ -33,7 +33,7 @@ def serve(
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="default the base's")] = None,
     run_dir: RunDir = None,
 ) -> None:
-    """Serve a policy over HTTP, as OpenAI's API.
+    """Serve a policy over HTTP, as OpenAI's API has it.
 
     Merged; on this machine alone unless --host says otherwise.
     """

@@ -40,7 +40,7 @@ PANELS: dict[str, list[str]] = {
     "lr": ["objective/scores", "objective/kl", "policy/clipfrac_avg", "policy/approxkl_avg",
            "policy/entropy_avg", "grad_norm/policy"],
     "kl": ["objective/scores", "objective/kl", "eval/score", "eval/gold", "policy/entropy_avg",
-           "val/identical_responses"],
+           "objective/length"],
     "critic": ["objective/scores", "loss/value_avg", "val/explained_variance", "objective/kl"],
     "temperature": ["objective/scores", "eval/score", "objective/length", "val/truncated_responses",
                     "policy/entropy_avg", "objective/kl"],
@@ -111,15 +111,22 @@ def page(found: dict[str, dict[str, Curve]]) -> str:
         f"`python scripts/curves.py --runs FOLDER`, {measured_on('torch', 'transformers', 'trl', 'peft', 'deepspeed')}. "
         "One seed each, all on one SFT policy and one reward model.",
         "",
-        "Each cell: mean of the first five logged values → mean of the last five (least to greatest of all). `eval/` values "
-        "are "
-        "those of the first and of the last evaluation. What they mean: [reading the curves](../curves.md).",
+        "Each cell: mean of the first five logged values → mean of the last five (least to greatest of all); of `eval/`, the "
+        "first → the last. What they mean: [reading the curves](../curves.md).",
         "",
     ]
     lines += [f"- *{case}*: {CASES[case][0]}" + flags(CASES[case][1]) for case in found]
     lines += ["", "| metric | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     names = list(
-        dict.fromkeys([*(name for panel in PANELS.values() for name in panel), "eval/score", "eval/gold", "eval/kl"])
+        dict.fromkeys(
+            [
+                *(name for panel in PANELS.values() for name in panel),
+                "val/identical_responses",
+                "eval/score",
+                "eval/gold",
+                "eval/kl",
+            ]
+        )
     )
     for name in names:
         lines.append(f"| `{name}` | " + " | ".join(cell(name, columns[name][1]) for columns in found.values()) + " |")

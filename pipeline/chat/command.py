@@ -36,9 +36,9 @@ def chat(
     seed: Annotated[int, typer.Option(help="the same seed gives the same answers to the same questions")] = 0,
     run_dir: RunDir = None,
 ) -> None:
-    """Talk to a policy in the terminal, or to two side by side.
+    """Talk to a policy in the terminal, or have it answer a file.
 
-    --compare shows the second one, --batch answers a file of prompts.
+    --compare shows two side by side, --batch answers a file.
     """
     if to is not None and (batch is None or to.exists()):
         found = "there is no --batch" if batch is None else "it is there already"

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline import completion
 from pipeline.config.block import Dtype
 from pipeline.errors import UserError
 from pipeline.export import card, gguf, hub, model
@@ -18,12 +19,22 @@ from pipeline.export.lineage import hub_id
 from pipeline.handoff import Baton, sync
 from pipeline.published import open_model, run_folder
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="a run directory, the name of one in runs/, or its recipe")]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="a run directory, the name of one in runs/, or its recipe", autocompletion=completion.runs
+    ),
+]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="folder of the run, where RUN is a recipe run elsewhere")
 ]
 Stage = Annotated[
-    str | None, typer.Option("--stage", help="default: the policy that no other one of the run was made from")
+    str | None,
+    typer.Option(
+        "--stage",
+        help="default: the policy that no other one of the run was made from",
+        autocompletion=completion.stages,
+    ),
 ]
 
 
@@ -48,9 +59,9 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="to a private repository")] = False,
     run_dir: RunDir = None,
 ) -> None:
-    """Write a stage's model as a folder for other programs.
+    """Write a stage's model as a folder that other programs open.
 
-    With tokenizer, chat template and model card; whole or not at all.
+    With tokenizer, chat template and model card.
     """
     folder = run_folder(run, run_dir)
     baton = open_model(folder, stage)

@@ -15,9 +15,9 @@ def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders, or recipes run in runs/<name>")],
     to: Annotated[Path | None, typer.Option("--to", help="the file; default report.html in the first run")] = None,
 ) -> None:
-    """Write one HTML page about a run, or about several.
+    """Write one HTML page about a run, or several side by side.
 
-    It opens without a network. Several runs are laid beside each other.
+    It opens without a network.
     """
     from pipeline.report.page import report as write
 

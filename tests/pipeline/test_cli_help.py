@@ -58,6 +58,9 @@ def test_completion(tmp_path: Path) -> None:
     assert complete("relay show quickstart ") == stages
     assert complete("relay run quickstart --until p") == ["ppo"]
     assert complete("relay run mine.yaml --from ", tmp_path) == ["first", "second"]
+    (tmp_path / "runs" / "quick-two").mkdir(parents=True)
+    (tmp_path / "runs" / "quick-two" / ".lock").touch()
+    assert complete("relay chat quick", tmp_path) == ["quick-two", "quickstart"]
     assert complete("relay run broken.yaml --from ", tmp_path) == []
 
 
