@@ -10,5 +10,5 @@ bandit -q -c pyproject.toml -r pipeline stages
 scripts/audit.sh
 NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$(mktemp -d)/site"
 if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
-python -m pytest -m "not ranks" --numprocesses 2 --dist loadfile
-python -m pytest -m ranks
+python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
+python -m pytest -m alone

@@ -20,10 +20,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What computes on two ranks is marked so: side by side, such tests would take far longer than one after another."""
+    """What computes on ranks wants the machine to itself: side by side such tests would take far longer."""
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()) or item.get_closest_marker("launch"):
-            item.add_marker(pytest.mark.ranks)
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

@@ -236,6 +236,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(status)
 
 
+@pytest.mark.alone
 def test_in_a_terminal(run: Path) -> None:
     """Two columns; Ctrl-C stops an answer that would go on; Ctrl-C twice leaves, without a traceback."""
     command = [sys.executable, "-m", "pipeline.cli", "chat", str(run), "--stage", "ppo", "--compare", "sft", "--raw"]

@@ -46,6 +46,7 @@ def test_every_task_of_both_suites_is_there() -> None:
     assert [block(task=name).task for name in TASKS] == list(TASKS)
 
 
+@pytest.mark.alone
 def test_an_unknown_task_is_refused_at_once_and_the_tasks_are_named() -> None:
     tries = [relay("run", "glue", "--task", "nope") for _ in range(2)]
     for done, _ in tries:

@@ -101,6 +101,7 @@ def test_opt_recipe_has_deepspeed_chats_constants() -> None:
     assert (ppo.sampling.max_prompt_length, ppo.sampling.max_response_length) == (256, 256)
 
 
+@pytest.mark.alone
 def test_reading_a_recipe_imports_no_torch_and_takes_under_two_seconds() -> None:
     code = (
         "import sys; import pipeline.cli; from pipeline.config.recipe import load; load('quickstart'); "

@@ -122,6 +122,7 @@ engine.start(0)
 """
 
 
+@pytest.mark.alone
 def test_rank_that_waits_for_one_that_never_comes() -> None:
     """The launcher ends it by SIGTERM, which torch's wait for the others would hold back."""
     env = {

@@ -137,6 +137,7 @@ def children() -> list[str]:
     ],
     ids=["at once", "bit by bit", "mmap", "memfd"],
 )
+@pytest.mark.alone
 def test_memory_hogs_get_none(program: str) -> None:
     assert run(program, Limits(seconds=5.0)).status in ("failed", "killed")
 
