@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NEEDS = {"cluster", "converter", "data", "gpu", "hub", "names", "network", "terminal", "time"}
-"""What a block may need that a test has not; `names`: it holds placeholders."""
+"""What a block may need that a test has not; `names`: it holds placeholders. After a colon a mark may say more."""
 STARTS = ("relay ", "python scripts/", "./scripts/", "deepspeed ", "echo ")
 SHELLS = ("sh", "bash", "console", "shell")
 OPEN = re.compile(r"^( *)(```+)(\w*)[^`]*$")
@@ -53,7 +53,7 @@ def blocks(page: Path) -> list[Block]:
             found.append(Block(number, opened[3], marked))
             marked = set()
         elif mark := MARK.match(line):
-            marked = set(re.split(r", *", mark[1]))
+            marked = set(re.split(r", *| and ", mark[1].partition(":")[0]))
         elif line.strip():
             marked = set()
     assert not fence, f"{page.name}: a block is not closed"

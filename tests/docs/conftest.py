@@ -15,7 +15,8 @@ SHORT = [
     *(f"stages.{stage}.data=[{{path: quickstart/{file}.jsonl, limit: 200}}]" for stage, file in
       (("sft", "demonstrations"), ("reward", "preferences"))),
     *(f"stages.{stage}.prompts=[{{path: quickstart/prompts.jsonl, limit: 200}}]" for stage in ("ppo", "evaluate")),
-    *(f"stages.{stage}.{key}" for stage in ("sft", "reward") for key in ("steps=2", "batch=8", "log_every=1")),
+    *(f"stages.{stage}.{key}" for stage in ("sft", "reward") for key in
+      ("steps=2", "batch=8", "log_every=1", "eval_every=1", "eval_rows=16")),
     *(f"stages.ppo.{key}" for key in ("steps=2", "rollout_batch=8", "eval_every=1", "eval_rows=4")),
     "stages.ppo.sampling.max_response_length=8",
     "stages.evaluate.rows=8",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -20,9 +21,7 @@ from tests.docs.test_metrics import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
-if "<!-- needs:" in README.read_text(encoding="utf-8"):
-    PAGES.append(README)
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = [page for page in PAGES if any(not block.needs for block in blocks(page))]
 MARKED = [page for page in PAGES if any(True for _ in marked(page))]
 
@@ -77,13 +76,15 @@ def run(block: Block, page: Path) -> None:
     where = f"{name(page)}:{block.line}"
     shell: list[str] = []
     for line in [*block.lines, "relay"]:
-        if line.startswith("relay"):
+        piped = re.match(r"echo \"(.*)\" \| (relay .*)", line)
+        if piped or line.startswith("relay"):
             if shell:
                 done = subprocess.run(["bash", "-euc", "\n".join(shell)], capture_output=True, text=True)
                 assert done.returncode == 0, f"{where}: {done.stderr}"
                 shell = []
             if line != "relay":
-                done = CliRunner().invoke(relay, words(line)[1:])
+                typed, text = (piped[2], f"{piped[1]}\n") if piped else (line, "")
+                done = CliRunner().invoke(relay, words(typed)[1:], input=text)
                 assert done.exit_code == 0, f"{where}: {line}\n{done.output}\n{done.exception}"
         else:
             shell.append(line)

@@ -1,4 +1,4 @@
-"""docs/metrics.md names every metric: those in the stages' sources, and (test_commands.py) those that a real run logged."""
+"""docs/metrics.md names every metric in the sources of the stages; test_commands.py asks it of those that a real run logged."""
 
 from __future__ import annotations
 
