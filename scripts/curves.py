@@ -28,8 +28,11 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "healthy": ("as the recipe is", []),
     "lr": ("learning rate of the policy x 30", ["stages.ppo.lr=0.03", "stages.ppo.critic.lr=0.001"]),
     "kl": ("no KL penalty, 100 steps", ["stages.ppo.kl.coef=0", "stages.ppo.steps=100"]),
-    "critic": ("critic that never learns", ['stages.ppo.critic={"init": "policy", "lr": 1e-9}']),
-    "temperature": ("sampled at temperature 2", ["stages.ppo.sampling.temperature=2"]),
+    "critic": (
+        "critic that never learns, 30 steps",
+        ['stages.ppo.critic={"init": "policy", "lr": 1e-9}', "stages.ppo.steps=30"],
+    ),
+    "temperature": ("sampled at temperature 2, 30 steps", ["stages.ppo.sampling.temperature=2", "stages.ppo.steps=30"]),
 }
 """Case -> (what is wrong, the overrides that make it so)."""
 PANELS: dict[str, list[str]] = {
