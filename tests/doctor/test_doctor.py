@@ -91,8 +91,9 @@ def test_packages(tmp_path: Path) -> None:
         "print(json.dumps([asdict(f) for f in packages.python(None) + packages.versions(None)]))"
     )
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-P", "-c", program]  # what lies in the working directory would be found first
-    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", program]
+    # From there: in a folder that Relay is installed from, its own metadata would be found first.
+    said = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     python, trl, missing = json.loads(said)
     assert python["state"] == trl["state"] == missing["state"] == "fail"
     assert "wants >=3.99" in python["found"]
