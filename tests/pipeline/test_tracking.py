@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.config.schema import Tracking, Wandb
@@ -19,18 +18,6 @@ from tests.support.disk import no_room
 pytestmark = pytest.mark.fast
 
 SAMPLE = {"prompt": "Why?", "reply": "Because.", "score": 1.5, "kl": 0.25}
-
-
-@pytest.fixture(autouse=True)
-def _no_wandb_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DISABLED", "WANDB_RUN_ID", "WANDB_RESUME"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _stop_wandb() -> Iterator[None]:
-    yield
-    wandb.teardown()
 
 
 @contextmanager
