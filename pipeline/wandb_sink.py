@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +40,7 @@ class WandbSink:
         import wandb
 
         self._wandb, self._settings = wandb, settings
-        self._chain, self._stage = stage_dir.resolve().parent.name, stage
+        chain = stage_dir.resolve().parent.name
         identity = stage_dir / ID
         again = resume_step > 0 and identity.exists()
         run_id = identity.read_text(encoding="utf-8") if again else secrets.token_hex(4)
@@ -48,9 +49,9 @@ class WandbSink:
             project=settings.project,
             entity=settings.entity,
             mode=settings.mode,
-            group=self._chain,
+            group=chain,
             job_type=kind,
-            name=f"{self._chain}/{stage}",
+            name=f"{chain}/{stage}",
             tags=[recipe],
             id=run_id,
             resume="allow",
@@ -88,8 +89,9 @@ class WandbSink:
     def _artifact(self, path: Path, manifest: dict[str, Any]) -> Any:
         """The same name and content, hence the same version, whichever stage asks."""
         keys = ("kind", "content_hash", "base", "adapter", "parents", "seed", "world_size", "zero_stage", "versions")
+        run = path.resolve().parent.parent.name  # a parent's may be another
         artifact = self._wandb.Artifact(
-            f"{self._chain}-{manifest['stage']}",
+            re.sub(r"[^\w.-]", "-", f"{run}-{manifest['stage']}", flags=re.ASCII),  # as W&B wants names
             type=TYPES.get(manifest["kind"], "model"),
             metadata={**{key: manifest[key] for key in keys}, "metrics": manifest["metrics"]},
         )

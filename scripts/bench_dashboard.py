@@ -83,12 +83,16 @@ def measure(address: str, process: psutil.Process, growing: Path) -> dict[str, f
                 stream.write(row(step := step + 1) + "\n")
             time.sleep(1)
         spent = process.cpu_times()
-        found["CPU of the server, ms a second, while a run that grows is watched"] = (
+        found["CPU of the server while a run that grows is watched"] = (
             1000 * (spent.user + spent.system - before.user - before.system) / 20
         )
-        found["memory of the server, MiB"] = process.memory_info().rss / 2**20
+        found["memory of the server"] = process.memory_info().rss / 2**20
         browser.close()
     return found
+
+
+def unit(what: str) -> str:
+    return " ms a second" if what.startswith("CPU") else " MiB" if what.startswith("memory") else " ms"
 
 
 def main() -> None:
@@ -118,9 +122,9 @@ def main() -> None:
         f"{arguments.runs} runs of {arguments.steps:,} steps with {len(NAMES)} columns each, in Debian's Chromium on the same",
         "machine. The server is a process of its own that reads; a training neither waits for it nor knows of it.",
         "",
-        "| | ms |",
+        "| | |",
         "|---|---|",
-        *(f"| {what} | {value:,.0f} |" for what, value in found.items()),
+        *(f"| {what} | {value:,.0f}{unit(what)} |" for what, value in found.items()),
     ]
     arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them: style, types, security, tests. Arguments go to pytest, such as -m fast or -k handoff;
-# without any, what needs one core runs two at a time, and then what needs both.
+# without any, most tests run two at a time, and then those that want the machine to themselves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh test

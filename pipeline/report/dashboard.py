@@ -170,7 +170,9 @@ def serve(root: Path, host: str, port: int) -> None:
             fix="choose another --port; 0 takes a free one",
         ) from None
     listening.listen(128)  # who reads the address below may come at once
-    names = ["127.0.0.1", "localhost"] if loopback else ["*"]  # off loopback the token says who may, whatever the name
+    names = (
+        ["127.0.0.1", "[::1]", "localhost"] if loopback else ["*"]
+    )  # off loopback the token says who may, whatever the name
     port = listening.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     print(f"dashboard: http://{shown}:{port}/{f'?token={token}' if token else ''}", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Series:
         """Read whole lines from where the last reading ended; a line that is still being written waits for the next time."""
         try:
             with self.path.open("rb") as stream:
-                found = self.path.stat()
+                found = os.fstat(stream.fileno())  # of what is read, even if another file takes its place now
                 if found.st_ino != self._inode or found.st_size < self._offset:
                     self._forget()
                     self._inode = found.st_ino

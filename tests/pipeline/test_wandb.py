@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -124,6 +125,25 @@ def test_outputs_are_artifacts_with_their_lineage(ppo: Offline, chain: Path) -> 
         assert used[f"hh-{stage}"] == logged.digest
     (data,) = (artifact for artifact in ppo.used if artifact.type == "dataset")
     assert json.loads(data.metadata)["sha256"] == "d" * 64
+
+
+def test_a_parent_of_another_run_keeps_its_name(chain: Path, tmp_path: Path) -> None:
+    """A merge stage, say, of this run with an adapter of another: W&B finds what that run logged. Names W&B would refuse
+    are written as it has them."""
+    other = tmp_path / "another run"
+    (other / "sft").mkdir(parents=True)
+    shutil.copytree(chain / "sft" / "output", other / "sft" / "output")
+    manifest = handoff.read_manifest(chain / "ppo")
+    parent = handoff.read_manifest(other / "sft")
+    assert manifest is not None
+    assert parent is not None
+    shutil.copytree(chain / "ppo" / "output", tmp_path / "this" / "ppo" / "output")
+    with tracker(tmp_path / "this" / "ppo", wandb=OFFLINE) as stream:
+        work = Published(tmp_path / "this" / "ppo" / "output", manifest, [(other / "sft" / "output", parent)])
+        stream.published(work)
+    found = offline(tmp_path / "this" / "ppo")
+    assert {a.name for a in found.used if a.type == "model"} == {"another-run-sft"}
+    assert [a.name for a in found.logged if a.type == "model"] == ["this-ppo"]
 
 
 def entries(found: Offline) -> dict[str, str]:
